@@ -1,0 +1,586 @@
+"""FastVMT: training-free video motion transfer on Wan 2.1, in one file.
+
+Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2); equation, section and appendix
+numbers below are its. Top to bottom: settings, tiles and windows, attention motion flow (AMF), the two losses, the
+step-skip optimizer, the guided sampler, video in and out, command line.
+
+Everything above the sampler is pure tensor code that needs torch and einops only: copy what you need. Shapes in
+comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame pairs, N tiles, T tokens a
+tile, M window tokens. All positions and flows are (row, column) in tokens.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch.utils.checkpoint import checkpoint as recompute
+
+import wan_min
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """The method's numbers; the defaults are the paper's. Each field is also a command line flag."""
+
+    block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
+    tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
+    window: int | None = setting(21, "side l of the search window, in tokens; 'none' = whole frame (eq. 3, App. B.1)")
+    span: int = setting(5, "temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)")
+    tau: float = setting(1.0, "temperature τ that multiplies the attention logits (eq. 1, App. B.1)")
+    center: str = setting("soft", "window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)")
+    alpha: float = setting(0.2, "decay α of the pair weights with frame distance (eq. 6)")
+    lambda_amf: float = setting(5.0, "weight of the AMF loss (eq. 8)")
+    lambda_window: float = setting(1.0, "weight of the corresponding-window loss (eq. 8)")
+    squared: bool = setting(False, "square the window loss's norm as in eq. 7, not as in App. B.4")
+    guided_fraction: float = setting(0.2, "first part of the denoising steps that is guided (Sec. 4.1)")
+    inner_steps: int = setting(10, "optimizer steps J in a guided step (Sec. 4.1)")
+    interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
+    lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
+    ref_noise: str = setting("match", "reference features: at the step's noise 'match' (Alg. 1) or 'clean' (Sec. 3.2)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles and windows (Sec. 3.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def head_average(x, grid):
+    """Mean over heads of q or k (App. B.4): x (F·H·W, heads, D), grid (F, H, W) -> (F, H, W, D), fp32 or better."""
+    f, h, w = grid
+    x = x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return rearrange(x, "(f h w) d -> f h w d", f=f, h=h, w=w)
+
+
+def frame_pairs(num_frames, span, device=None):
+    """Pairs {(i, j): 1 ≤ j−i ≤ span} (eqs. 3, 5): two long (P,), ordered by offset j−i, then by anchor i.
+
+    i = j is in eq. 3's window but carries no motion.
+    """
+    offsets = range(1, min(span, num_frames - 1) + 1)
+    i = torch.cat([torch.arange(num_frames - d, device=device) for d in offsets])
+    j = torch.cat([torch.arange(d, num_frames, device=device) for d in offsets])
+    return i, j
+
+
+def tile_tokens(x, tile):
+    """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are filled up with zeros."""
+    _, H, W, _ = x.shape
+    th, tw = tile
+    x = F.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
+    return rearrange(x, "f (a th) (b tw) c -> f (a b) (th tw) c", th=th, tw=tw)
+
+
+def untile_tokens(x, tile, grid):
+    """Inverse of tile_tokens: (P, N, T, C), grid (H, W) -> (P, H, W, C)."""
+    (H, W), (th, tw) = grid, tile
+    x = rearrange(x, "p (a b) (th tw) c -> p (a th) (b tw) c", b=math.ceil(W / tw), th=th, tw=tw)
+    return x[:, :H, :W]
+
+
+def tile_queries(Q, tile):
+    """The query that represents each tile, at the tile's centre (Sec. 3.2): (F, H, W, D) -> (F, N, D)."""
+    _, H, W, _ = Q.shape
+    rows, cols = ((torch.arange(n // 2, n // 2 + n * math.ceil(length / n), n, device=Q.device)).clamp(max=length - 1)
+                  for n, length in zip(tile, (H, W)))  # fmt: skip
+    return rearrange(Q[:, rows][:, :, cols], "f a b d -> f (a b) d")
+
+
+def window_centers(queries, keys, *, tau=1.0, center="soft"):
+    """Where each tile's window is centred (eqs. 1, 2 and 4): (P, N, D), (P, H, W, D) -> long (P, N, 2).
+
+    center="soft": the mean position under the tile query's attention (eq. 2), rounded to a token; "argmax": the
+    position of its best key (eq. 4, whose P_block plus displacement is that position).
+    """
+    *_, W, D = keys.shape
+    logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)
+    if center == "argmax":
+        best = logits.argmax(-1)
+        return torch.stack([best // W, best % W], dim=-1)
+    if center != "soft":
+        raise ValueError(f"center must be 'soft' or 'argmax', not {center!r}")
+    attention = (logits.to(torch.promote_types(logits.dtype, torch.float32)) * (tau / D**0.5)).softmax(-1)
+    token = torch.arange(attention.shape[-1], device=keys.device)
+    positions = torch.stack([token // W, token % W], dim=-1).to(attention.dtype)  # (S, 2)
+    return (attention @ positions).round().long()
+
+
+def window_origins(centers, grid, size):
+    """First row and column of the windows (eq. 3), shifted, not cropped, to lie in the grid: long (P, N, 2)."""
+    last = torch.tensor([n - s for n, s in zip(grid, size)], device=centers.device)
+    half = torch.tensor([s // 2 for s in size], device=centers.device)
+    return (centers - half).clamp(min=torch.zeros_like(last), max=last)
+
+
+def window_indices(origins, grid, size):
+    """Flat token indices row·W + column of the windows at origins (P, N, 2): long (P, N, M), row-major."""
+    rows, cols = (torch.arange(s, device=origins.device) + origins[..., axis, None] for axis, s in enumerate(size))
+    return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(-2)
+
+
+def window_means(K, origins, j, size):
+    """Mean key K̄ of each pair's windows on frame j (App. B.4): (F, H, W, D), (P, N, 2), (P,) -> (P, N, D)."""
+    K = rearrange(K.to(torch.promote_types(K.dtype, torch.float32)), "f h w d -> f d h w")
+    # Every possible window's mean by two box filters; cheaper than averaging the P·N windows one by one.
+    means = F.avg_pool2d(F.avg_pool2d(K, (size[0], 1), stride=1), (1, size[1]), stride=1)
+    return rearrange(means, "f d h w -> f h w d")[j[:, None], origins[..., 0], origins[..., 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention motion flow (Sec. 3.2, eq. 5)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def expected_positions(queries, key_rows, j, origins, grid, size, tau):
+    """Attention-weighted mean key position of each query over its tile's window: (P, N, T, 2).
+
+    queries (P, N, T, D), key_rows (F·S, D), j (P,), origins (P, N, 2). Positions are absolute: window-relative ones
+    would lose the motion of the window itself.
+    """
+    H, W = grid
+    index = window_indices(origins, grid, size)  # (P, N, M)
+    # F.embedding is a gather of rows whose backward is a fast scatter-add, unlike that of advanced indexing.
+    keys = F.embedding(j[:, None, None] * (H * W) + index, key_rows)  # (P, N, M, D)
+    logits = einsum(queries, keys, "p n t d, p n m d -> p n t m")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * (tau / queries.shape[-1] ** 0.5)
+    positions = torch.stack([index // W, index % W], dim=-1).to(logits.dtype)  # (P, N, M, 2)
+    return einsum(logits.softmax(-1), positions, "p n t m, p n m c -> p n t c")
+
+
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
+    """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
+
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D); pairs in
+    frame_pairs' order, tiles row-major. window=None, or one that covers the grid, is the full-frame AMF of DiTFlow.
+    Cost is P·S·M·D. Pairs are taken in chunks of at most max_elements gathered numbers and their work is redone in the
+    backward pass, so memory does not grow with the clip. Gradients flow to Q and K, not through the choice of window.
+    """
+    num_frames, H, W, D = Q.shape
+    if num_frames < 2:
+        raise ValueError("motion needs at least two frames")
+    grid = (H, W)
+    num_tiles = math.ceil(H / tile[0]) * math.ceil(W / tile[1])
+    size = grid if window is None else (min(window, H), min(window, W))
+    if size == grid:
+        tile = grid  # all tiles share the one window, so that one big tile computes the same
+    i, j = frame_pairs(num_frames, span, Q.device)
+    queries, representatives, key_rows = tile_tokens(Q, tile), tile_queries(Q, tile), K.flatten(0, 2)
+    _, N, T, _ = queries.shape
+    chunk = max(1, max_elements // (N * math.prod(size) * (D + T)))
+
+    targets, origins = [], []
+    for ci, cj in zip(i.split(chunk), j.split(chunk)):
+        with torch.no_grad():
+            centers = window_centers(representatives[ci], K[cj], tau=tau, center=center)
+            origins.append(window_origins(centers, grid, size))
+        targets.append(recompute(expected_positions, queries[ci], key_rows, cj, origins[-1], grid, size, tau,
+                                 use_reentrant=False, preserve_rng_state=False))  # fmt: skip
+    target = untile_tokens(torch.cat(targets), tile, grid)  # (P, H, W, 2)
+    rows, cols = (torch.arange(n, device=Q.device, dtype=target.dtype) for n in grid)
+    position = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1)
+    return target - position, window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses (Sec. 3.3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def offset_weights(span, alpha=0.2, device=None):
+    """w_d = 1 − α(d−1)/(s_f−1) for d = 1 … s_f (eq. 6): (span,)."""
+    return 1 - alpha * torch.arange(span, device=device) / max(span - 1, 1)
+
+
+def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2):
+    """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), a mean over pairs and tokens (eq. 5, App. B.1).
+
+    No gradient flows to the reference.
+    """
+    i, j = frame_pairs(num_frames, span, flow_gen.device)
+    distance = (flow_gen - flow_ref.detach()).square().sum(-1).mean((1, 2))  # (P,)
+    return (offset_weights(span, alpha, flow_gen.device)[j - i - 1] * distance).mean()
+
+
+def window_loss(key_mean, *, num_frames, span=5, squared=False):
+    """L_window: how much the mean key of a tile's windows changes from target frame to target frame (eq. 7, App. B.4).
+
+    key_mean (P, N, D). An anchor i has the targets i+1 … min(i+s_f−1, F−1), one offset fewer than eq. 3 (B.4); one with
+    fewer than two adds 0. The norm is B.4's; squared=True gives eq. 7's.
+    """
+    i, j = frame_pairs(num_frames, span, key_mean.device)
+    offset = j - i
+    pair = torch.nonzero((offset < span - 1) & (j < num_frames - 1)).squeeze(1)  # (i, j) whose (i, j+1) counts too
+    following = pair + (num_frames - offset)[pair]  # of (i, j+1), by frame_pairs' order
+    change = key_mean[following] - key_mean[pair]
+    size = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (pairs, N)
+    changes_of_anchor = (num_frames - 1 - i).clamp(max=span - 1) - 1  # N_i − 1
+    return (size.mean(1) / changes_of_anchor[pair]).sum() / num_frames
+
+
+def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
+    """L_total = λ_AMF·L_AMF + λ_window·L_window (eq. 8): (total, L_AMF, L_window), scalars."""
+    amf = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha)
+    window = window_loss(key_mean, num_frames=num_frames, span=config.span, squared=config.squared)
+    return config.lambda_amf * amf + config.lambda_window * window, amf, window
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step-skip optimizer (Sec. 3.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
+    """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
+
+    objective: x -> scalar, called ⌈steps/interval⌉ times. interval=1 is the paper's full AMF mode. lr runs linearly
+    from its first to its last value. Returns a new tensor like x.
+    """
+    x = x.detach().clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([x])
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
+        if step % interval == 0:
+            # Eq. 9's surrogate loss x·g_cached has the gradient g_cached, so leaving .grad as it is does the same.
+            with torch.enable_grad():
+                (x.grad,) = torch.autograd.grad(objective(x), x)
+        optimizer.step()
+    return x.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guided sampler (Algorithm 1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def match_noise(latents, noise, sigma):
+    """Clean latents at noise level sigma of flow matching (Algorithm 1's MatchNoise)."""
+    return (1 - sigma) * latents + sigma * noise
+
+
+def motion_features(dit, x, sigma, context, config, *, checkpoint=False):
+    """AMF (P, H, W, 2) and window key means (P, N, D) of latents x (1, C, F, h, w) at noise level sigma."""
+    grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
+    t = torch.full((1,), 1000 * sigma, device=x.device)
+    q, k = dit.qk(x, t, context, config.block, checkpoint=checkpoint)
+    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), span=config.span, tile=config.tile,
+                                 window=config.window, tau=config.tau, center=config.center)  # fmt: skip
+
+
+@torch.no_grad()
+def cfg_velocity(dit, x, sigma, context, negative, cfg_scale):
+    """Velocity with classifier-free guidance; a scale of 1 needs no negative prompt."""
+    t = torch.full((1,), 1000 * sigma, device=x.device)
+    v = dit(x, t, context)
+    if cfg_scale == 1:
+        return v
+    v_negative = dit(x, t, negative)
+    return v_negative + cfg_scale * (v - v_negative)
+
+
+def guided_steps(num_steps, config):
+    """How many of the first denoising steps are guided."""
+    return math.ceil(config.guided_fraction * num_steps - 1e-9)
+
+
+def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None,
+           config=MotionConfig(), checkpoint=False, callback=None):  # fmt: skip
+    """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
+
+    dit: callable (x, t, context) -> velocity, with `qk(x, t, context, block, checkpoint=...)` and `patch_size` as in
+    wan_min.DiT. noise (1, C, F, h, w); sigmas (steps+1,) decreasing to 0; context, negative and null (1, L, text_dim):
+    the target, the negative and the empty prompt. reference: clean latents like noise, or None for plain generation.
+    checkpoint: see DiT.qk. callback(step, x, losses) follows each step, losses being the (total, AMF, window) of each
+    gradient computed in it. Returns clean latents, fp32. Raises FloatingPointError when the latent stops being finite.
+    """
+    sigmas = sigmas.tolist()
+    noise = noise.float()
+    x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])
+    guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
+    for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
+        losses = []
+        if step < guided:
+            if step == 0 or config.ref_noise == "match":
+                level = sigma if config.ref_noise == "match" else 0.0
+                with torch.no_grad():
+                    flow_ref, _ = motion_features(dit, match_noise(reference, noise, level), level, null, config)
+
+            def objective(x, sigma=sigma, flow_ref=flow_ref, losses=losses):
+                flow, key_mean = motion_features(dit, x, sigma, context, config, checkpoint=checkpoint)
+                loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2], config=config)
+                losses.append([value.item() for value in loss])
+                return loss[0]
+
+            x = optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr)
+        x = x + (next_sigma - sigma) * cfg_velocity(dit, x, sigma, context, negative, cfg_scale)
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(f"the latent is not finite after step {step + 1} of {len(sigmas) - 1}")
+        if callback:
+            callback(step, x, losses)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video in and out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message is one line."""
+
+
+def fit_frame(frame, size):
+    """Cover and centre-crop: uint8 (h, w, 3) -> fp32 (3, H, W) in [-1, 1]."""
+    x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
+    scale = max(new / old for new, old in zip(size, x.shape[2:]))
+    cover = [max(new, round(old * scale)) for new, old in zip(size, x.shape[2:])]
+    x = F.interpolate(x, cover, mode="bicubic", antialias=True).clamp(0, 255)
+    top, left = ((have - want) // 2 for have, want in zip(cover, size))
+    return x[0, :, top : top + size[0], left : left + size[1]] / 127.5 - 1
+
+
+def read_video(path, num_frames, size, turn=False):
+    """The first 4k+1 ≤ num_frames frames of a video file: fp32 (1, 3, T, H, W) in [-1, 1], and frames per second.
+
+    turn: swap the sides of `size` for a portrait video. Raises UserError when the file cannot be read or is too short.
+    """
+    import imageio.v2 as imageio
+
+    if not Path(path).is_file():
+        raise UserError(f"reference {path} does not exist or is no file")
+    frames = []
+    try:
+        with imageio.get_reader(path, "ffmpeg") as probe:
+            fps = probe.get_meta_data()["fps"]
+        with imageio.get_reader(path, "ffmpeg", fps=fps) as reader:  # a fixed rate, also where the file's varies
+            for frame in reader:
+                if not frames and turn and frame.shape[0] > frame.shape[1]:
+                    size = size[::-1]
+                frames.append(fit_frame(frame, size))
+                if len(frames) == num_frames:
+                    break
+    except Exception as error:  # ffmpeg's complaints come as many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"reference {path} cannot be read as a video ({reason})") from None
+    if len(frames) < 5:
+        raise UserError(f"reference {path} has {len(frames)} frames; at least 5 are needed")
+    return torch.stack(frames[: (len(frames) - 1) // 4 * 4 + 1], dim=1)[None], fps
+
+
+def demo_video(num_frames, size):
+    """A clip with known motion: a textured square slides right and down over a gradient; (1, 3, T, H, W) in [-1, 1]."""
+    h, w = size
+    side = min(h, w) // 3
+    rows, cols = torch.linspace(-0.6, 0.6, h)[:, None].expand(h, w), torch.linspace(-0.6, 0.6, w).expand(h, w)
+    texture = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    square = F.interpolate(texture[None], (side, side), mode="nearest")[0]
+    video = torch.stack([rows, cols, -rows]).repeat(num_frames, 1, 1, 1)  # (T, 3, H, W)
+    for n, frame in enumerate(video):
+        top, left = (round((0.1 + 0.8 * n / (num_frames - 1)) * (length - side)) for length in size)
+        frame[:, top : top + side, left : left + side] = square
+    return video.transpose(0, 1)[None]
+
+
+def write_video(path, video, fps):
+    """Write (1, 3, T, H, W) in [-1, 1] as H.264 yuv420p mp4, under a temporary name until it is whole."""
+    import imageio.v2 as imageio
+
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial.mp4")
+    try:
+        with imageio.get_writer(partial, "ffmpeg", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
+                                macro_block_size=2, output_params=["-crf", "17"]) as writer:  # fmt: skip
+            for frame in video[0].unbind(1):
+                frame = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                writer.append_data(frame.permute(1, 2, 0).cpu().numpy())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The negative prompt that Wan 2.1 ships with: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+PRESETS = {"tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3}}  # a model's own defaults, in place of the paper's
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf):
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_size(text):
+    try:
+        size = tuple(int(side) for side in text.lower().split("x"))
+    except ValueError:
+        size = ()
+    if len(size) != 2 or min(size) < 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW with sides of at least 32, such as 480x832")
+    return size
+
+
+def parse_window(text):
+    return None if text == "none" else number(int, 1)(text)
+
+
+def build_parser(presets):
+    parser = Parser(prog="fastvmt.py", description="Give a video of the prompt the motion of a reference video.")
+
+    def add(flag, text, default=None, group=parser, **options):
+        shown = presets.get(flag[2:].replace("-", "_"), default)
+        text = text if shown is None or shown is False else text + " (default: %(default)s)"
+        group.add_argument(flag, help=text, default=shown, **options)
+
+    add("--ref", "reference video: any file that ffmpeg reads, or 'demo' for a made-up clip", required=True)
+    add("--prompt", "what the new video shows", required=True)
+    add("--out", "mp4 to write", Path("out.mp4"), type=Path)
+    add("--model", "checkpoint folder, hub repo id, 1.3B, 14B, or tiny (random weights: noise, but in seconds)",
+        "Wan-AI/Wan2.1-T2V-1.3B")  # fmt: skip
+    add("--size", "size of the output, HxW (Sec. 4.1: 480x832; here turned for a portrait reference)", type=parse_size)
+    add("--frames", "use at most this many frames, rounded down to 4k+1 (Sec. 4.1)", 81, type=number(int, 5))
+    add("--fps", "frames per second of the output; the reference's if not given", type=number(float, 1, 240))
+    add("--seed", "seed of the initial noise, the same on every device", 0, type=number(int, 0, 2**63))
+    add("--no-transfer", "generate plainly from the same noise", False, action="store_true")
+    add("--negative-prompt", "what to steer away from; Wan's own if not given", type=str)
+    add("--device", "torch device", default_device())
+    add("--dtype", "dtype of the DiT's matmuls; bf16 on a GPU and fp32 on CPU if not given", choices=list(DTYPES))
+    add("--checkpoint", "recompute DiT blocks in the backward pass: less memory", False, action="store_true")
+    group = parser.add_argument_group("sampler")
+    add("--steps", "denoising steps (Sec. 4.1)", 50, group, type=number(int, 1))
+    add("--shift", "timestep shift (authors' code; the paper names none)", 7.0, group, type=number(float, 1e-3))
+    add("--cfg-scale", "classifier-free guidance scale (authors' code; the paper names none)", 5.8, group,
+        type=number(float, 0))  # fmt: skip
+    add("--strength", "noise level of the start, below 1 mixed with the reference (Sec. 4.1: 1; authors' code: 0.75)",
+        1.0, group, type=number(float, 1e-3, 1))  # fmt: skip
+    group = parser.add_argument_group("method")
+    special = {"window": {"type": parse_window}, "guided_fraction": {"type": number(float, 0, 1)},
+               "center": {"choices": ["soft", "argmax"]}, "ref_noise": {"choices": ["match", "clean"]},
+               "squared": {"action": "store_true"}}  # fmt: skip
+    for f in dataclasses.fields(MotionConfig):
+        example = f.default[0] if isinstance(f.default, tuple) else f.default
+        options = special.get(f.name) or {"type": number(type(example), int(isinstance(example, int)))}
+        options |= {"nargs": 2} if isinstance(f.default, tuple) else {}
+        add("--" + f.name.replace("_", "-"), f.metadata["help"], f.default, group, **options)
+    return parser
+
+
+def parse_arguments(argv):
+    """Two passes, because a model may bring defaults of its own."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--model")
+    known, _ = parser.parse_known_args(argv)
+    return build_parser(PRESETS.get(known.model, {})).parse_args(argv)
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_output(path):
+    """UserError unless a file can be written at path."""
+    if path.suffix != ".mp4" or path.is_dir():
+        raise UserError(f"output {path} must be a file name that ends in .mp4")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"output folder {path.parent} cannot be written to ({error.strerror})") from None
+
+
+def read_reference(args):
+    """The reference as (1, 3, T, H, W) in [-1, 1] and its frame rate, at the size and length asked for."""
+    size = args.size or PRESETS.get(args.model, {}).get("canvas", (480, 832))
+    rounded = tuple(round(side / 16) * 16 for side in size)
+    frames = (args.frames - 1) // 4 * 4 + 1
+    if (rounded, frames) != (size, args.frames):
+        print(f"rounded to {rounded[0]}x{rounded[1]} and {frames} frames (multiples of 16, 4k+1)")
+    if args.ref == "demo":
+        return demo_video(frames, rounded), 16.0
+    return read_video(args.ref, frames, rounded, turn=args.size is None)
+
+
+@torch.no_grad()
+def run(args):
+    """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
+    if not args.prompt.strip():
+        raise UserError("the prompt is empty")
+    check_output(args.out)
+    video, fps = read_reference(args)
+    model = "tiny" if args.model == "tiny" else wan_min.find_model(args.model)
+    config = MotionConfig(**{f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v
+                             for f in dataclasses.fields(MotionConfig)})  # fmt: skip
+    layers = wan_min.dit_layers(model)
+    if config.block > layers:
+        raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
+    if model == "tiny":
+        print("tiny model: its weights are random, so the picture is noise by design; only the machinery is real")
+    if args.no_transfer:
+        config = dataclasses.replace(config, guided_fraction=0.0)
+
+    start = time.perf_counter()
+
+    def log(text):
+        print(f"[{time.perf_counter() - start:7.1f} s] {text}", flush=True)
+
+    device, dtype = args.device, DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
+    negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
+    log("encoding the prompt")
+    contexts = wan_min.encode_prompts([args.prompt, negative, ""], model, device).split(1)
+    vae = wan_min.load(wan_min.VAE, model, device)
+    log(f"encoding the reference: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps")
+    reference = vae.encode(video.to(device))
+    log("loading the DiT")
+    dit = wan_min.load(wan_min.DiT, model, device, dtype)
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)
+    log(f"sampling: {args.steps} steps, the first {guided_steps(args.steps, config)} guided")
+    latents = sample(dit, noise, sigmas, contexts[0], contexts[1], cfg_scale=args.cfg_scale, reference=reference,
+                     null=contexts[2], config=config, checkpoint=args.checkpoint)  # fmt: skip
+    log("decoding")
+    write_video(args.out, vae.decode(latents), args.fps or fps)
+    log(f"wrote {args.out}")
+
+
+def main(argv=None):
+    try:
+        run(parse_arguments(argv))
+    except (UserError, wan_min.ModelError) as error:
+        print(f"fastvmt: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

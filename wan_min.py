@@ -1,0 +1,752 @@
+"""Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
+
+Modules carry the parameter names of the official checkpoints, so weights load with no key mapping. Nothing here knows
+of motion transfer; `DiT.qk` only runs the DiT as far as one block's self-attention and hands out its Q and K.
+
+Source: Wan 2.1 (arXiv 2503.20314; github.com/Wan-Video/Wan2.1). Shapes in comments: B batch, F latent frames, h, w
+latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimension.
+"""
+
+import html
+import inspect
+import json
+import math
+import zlib
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flow_sigmas(steps, shift=7.0, strength=1.0):
+    """Noise levels of the flow-matching Euler sampler: (steps+1,) fp32, decreasing, last 0; timestep = 1000·sigma.
+
+    `strength` < 1 starts below pure noise; `shift` > 1 spends more steps at high noise.
+    """
+    s = torch.linspace(strength, 0, steps + 1, dtype=torch.float64)
+    return (shift * s / (1 + (shift - 1) * s)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DiT
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t, dim):
+    """Sinusoidal embedding of t (B,) in [0, 1000]: (B, dim) fp32, cosines first, then sines."""
+    half = dim // 2
+    freqs = 10000 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rope_table(grid, head_dim, device=None):
+    """Cosine and sine of the rotary angles of a token grid (F, H, W): (2, S, 1, D/2) fp32.
+
+    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with θ = 10000.
+    """
+    side = 2 * (head_dim // 6)
+    tables = []
+    for axis, (length, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
+        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * freqs  # (length, dim/2)
+        table = torch.stack([angles.cos(), angles.sin()]).to(device, torch.float32)
+        pattern = ("two f c -> two f 1 1 c", "two h c -> two 1 h 1 c", "two w c -> two 1 1 w c")[axis]
+        tables.append(rearrange(table, pattern).expand(2, *grid, -1))
+    return rearrange(torch.cat(tables, dim=-1), "two f h w c -> two (f h w) 1 c")
+
+
+def apply_rope(x, table):
+    """Rotate the interleaved channel pairs of x (B, S, N, D) in fp32; returns x's dtype."""
+    cos, sin = table
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x/rms(x)·weight over the last dimension, computed in fp32, returned in x's dtype."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention (context = x, with RoPE) or cross-attention; q and k are normalised over all heads together."""
+
+    def __init__(self, dim, num_heads, eps):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def qk(self, x, context, rope=None):
+        """x (B, S, dim), context (B, L, dim) -> q (B, S, N, D), k (B, L, N, D), post-norm and post-RoPE."""
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))
+        k = self.norm_k(self.k(context)).unflatten(-1, (self.num_heads, -1))
+        return (q, k) if rope is None else (apply_rope(q, rope), apply_rope(k, rope))
+
+    def forward(self, x, context, rope=None):
+        q, k = self.qk(x, context, rope)
+        v = self.v(context).unflatten(-1, (self.num_heads, -1))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, N, S, D)
+        return self.o(rearrange(out, "b n s d -> b s (n d)"))
+
+
+def modulate(x, shift, scale, eps):
+    """LayerNorm without weights, then scale and shift, in fp32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP on an fp32 residual stream; matmuls in the dtype of the context."""
+
+    def __init__(self, dim, ffn_dim, num_heads, eps):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = Attention(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = Attention(dim, num_heads, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def qk(self, x, modulation, context, rope):
+        """Q and K of this block's self-attention, and nothing after them."""
+        shift, scale = (self.modulation + modulation)[:, :2].split(1, dim=1)  # (B, 1, dim) each
+        y = modulate(x, shift, scale, self.eps).to(context.dtype)
+        return self.self_attn.qk(y, y, rope)
+
+    def forward(self, x, modulation, context, rope):
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).split(1, dim=1)
+        y = modulate(x, shift1, scale1, self.eps).to(context.dtype)
+        x = x + self.self_attn(y, y, rope) * gate1
+        x = x + self.cross_attn(self.norm3(x).to(context.dtype), context)
+        y = modulate(x, shift2, scale2, self.eps).to(context.dtype)
+        return x + self.ffn(y) * gate2
+
+
+class Head(nn.Module):
+    """Modulated projection of tokens to patches of velocity, in fp32."""
+
+    def __init__(self, dim, out_dim, eps):
+        super().__init__()
+        self.eps, self.head = eps, nn.Linear(dim, out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x, time):
+        shift, scale = (self.modulation + time[:, None]).split(1, dim=1)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class DiT(nn.Module):
+    """Wan 2.1 diffusion transformer; arguments are named as in the checkpoint's config.json, defaults are the 1.3B's."""
+
+    def __init__(self, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096,
+                 freq_dim=256, patch_size=(1, 2, 2), eps=1e-6):  # fmt: skip
+        super().__init__()
+        self.num_heads, self.freq_dim, self.patch_size = num_heads, freq_dim, tuple(patch_size)
+        self.patch_embedding = nn.Conv3d(in_dim, dim, self.patch_size, self.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList([Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers)])
+        self.head = Head(dim, out_dim * math.prod(self.patch_size), eps)
+
+    def embed(self, x, t, context):
+        """Everything before the blocks: tokens (B, S, dim), time (B, dim), and the blocks' three shared arguments."""
+        dtype = self.patch_embedding.weight.dtype
+        patches = self.patch_embedding(x.to(dtype))  # (B, dim, F, H, W)
+        rope = rope_table(patches.shape[2:], patches.shape[1] // self.num_heads, x.device)
+        time = self.time_embedding(timestep_embedding(t, self.freq_dim))
+        modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B, 6, dim)
+        context = self.text_embedding(context.to(dtype))  # (B, L, dim)
+        return patches.float().flatten(2).transpose(1, 2), time, (modulation, context, rope)
+
+    def run(self, blocks, tokens, shared, checkpoint):
+        for block in blocks:
+            if checkpoint:
+                tokens = recompute(block, tokens, *shared, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, *shared)
+        return tokens
+
+    def forward(self, x, t, context, *, checkpoint=False):
+        """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
+
+        The context is attended to as it is: pad it with zeros to the length the weights were trained with (512).
+        `checkpoint` recomputes each block in the backward pass instead of storing its activations.
+        """
+        tokens, time, shared = self.embed(x, t, context)
+        patches = self.head(self.run(self.blocks, tokens, shared, checkpoint), time)
+        pf, ph, pw = self.patch_size
+        f, h, w = x.shape[2] // pf, x.shape[3] // ph, x.shape[4] // pw
+        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=pf, q=ph, r=pw)
+
+    def qk(self, x, t, context, block, *, checkpoint=False):
+        """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
+
+        Arguments as in `forward`. Raises ValueError for a block that the model has not.
+        """
+        if not 1 <= block <= len(self.blocks):
+            raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
+        tokens, _, shared = self.embed(x, t, context)
+        tokens = self.run(self.blocks[: block - 1], tokens, shared, checkpoint)
+        return self.blocks[block - 1].qk(tokens, *shared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video VAE: causal in time, streamed frame group by frame group
+# ---------------------------------------------------------------------------------------------------------------------
+# `cache` is a plain dict that one streamed pass owns: module -> the last input frames that its next chunk needs.
+
+LATENT_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]  # fmt: skip
+LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]  # fmt: skip
+
+
+class CausalConv3d(nn.Conv3d):
+    """3-D convolution that sees the past only: kernel − stride earlier frames, from the cache or zero at the start."""
+
+    def __init__(self, cin, cout, kernel, stride=(1, 1, 1)):
+        super().__init__(cin, cout, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        self.history = kernel[0] - stride[0]
+
+    def forward(self, x, cache):
+        if self.history:
+            past = cache.get(self)
+            missing = self.history - (0 if past is None else past.shape[2])
+            x = x if past is None else torch.cat([past, x], dim=2)
+            x = F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+            cache[self] = x[:, :, -self.history :].clone()  # a view would keep the whole chunk alive
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """Unit-norm channels, scaled by √C·gamma; gamma is (C, 1, 1) for frames and (C, 1, 1, 1) for video."""
+
+    def __init__(self, dim, spatial_dims):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * spatial_dims))
+
+    def forward(self, x):
+        scale = (x.shape[1] / x.square().sum(1, keepdim=True).clamp(min=1e-24)).sqrt()  # F.normalize, but faster
+        return x * scale * self.gamma
+
+
+def stream(layers, x, cache):
+    """Run layers in order, handing the cache to those that look back in time."""
+    for layer in layers:
+        x = layer(x, cache) if isinstance(layer, (CausalConv3d, ResBlock, Resample)) else layer(x)
+    return x
+
+
+class ResBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.residual = nn.Sequential(
+            ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout, (3, 3, 3)),
+            ChannelNorm(cout, 3), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, (3, 3, 3)),
+        )  # fmt: skip
+        self.shortcut = CausalConv3d(cin, cout, (1, 1, 1)) if cin != cout else None
+
+    def forward(self, x, cache):
+        return stream(self.residual, x, cache) + (self.shortcut(x, cache) if self.shortcut else x)
+
+
+class FrameAttention(nn.Module):
+    """Single-head self-attention over the pixels of each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = ChannelNorm(dim, 2), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        b, _, _, h, w = x.shape
+        y = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
+        q, k, v = rearrange(self.to_qkv(y), "n (three c) h w -> three n 1 (h w) c", three=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=h, w=w))
+        return x + rearrange(y, "(b t) c h w -> b c t h w", b=b)
+
+
+class Resample(nn.Module):
+    """Halve (`down`) or double the frame size; with `temporal` the frame rate too, the very first frame excepted."""
+
+    def __init__(self, dim, down, temporal):
+        super().__init__()
+        self.down, self.time_conv = down, None
+        if down:
+            self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+            if temporal:
+                self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
+        else:
+            upsample = nn.Upsample(scale_factor=2, mode="nearest-exact")
+            self.resample = nn.Sequential(upsample, nn.Conv2d(dim, dim // 2, 3, padding=1))
+            if temporal:
+                self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
+
+    def forward(self, x, cache):
+        first = self.time_conv not in cache
+        if self.time_conv and not self.down:
+            if first:
+                cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
+            else:
+                x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
+        b = x.shape[0]
+        x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=b)
+        if self.time_conv and self.down:
+            if first:
+                cache[self.time_conv] = x
+            else:
+                x = self.time_conv(x, cache)
+        return x
+
+
+class Encoder(nn.Module):
+    """(B, 3, t, 8h, 8w) -> (B, 2z, ⌈t/4⌉, h, w)."""
+
+    def __init__(self, dim, z_dim):
+        super().__init__()
+        self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
+        layers, widths = [], [dim, dim, 2 * dim, 4 * dim, 4 * dim]
+        for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
+            layers += [ResBlock(cin, cout), ResBlock(cout, cout)]
+            if i < 3:
+                layers.append(Resample(cout, down=True, temporal=i > 0))
+        self.downsamples = nn.Sequential(*layers)
+        self.middle = nn.Sequential(ResBlock(cout, cout), FrameAttention(cout), ResBlock(cout, cout))
+        self.head = nn.Sequential(ChannelNorm(cout, 3), nn.SiLU(), CausalConv3d(cout, 2 * z_dim, (3, 3, 3)))
+
+    def forward(self, x, cache):
+        return stream([self.conv1, *self.downsamples, *self.middle, *self.head], x, cache)
+
+
+class Decoder(nn.Module):
+    """(B, z, t, h, w) -> (B, 3, 4t, 8h, 8w); the first chunk, one frame, stays one frame."""
+
+    def __init__(self, dim, z_dim):
+        super().__init__()
+        width = 4 * dim
+        self.conv1 = CausalConv3d(z_dim, width, (3, 3, 3))
+        self.middle = nn.Sequential(ResBlock(width, width), FrameAttention(width), ResBlock(width, width))
+        layers, cin = [], width
+        for i, cout in enumerate([4 * dim, 4 * dim, 2 * dim, dim]):
+            layers += [ResBlock(cin, cout), ResBlock(cout, cout), ResBlock(cout, cout)]
+            if i < 3:
+                layers.append(Resample(cout, down=False, temporal=i < 2))
+            cin = cout // 2  # the up-sampler halves the channels
+        self.upsamples = nn.Sequential(*layers)
+        self.head = nn.Sequential(ChannelNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, 3, (3, 3, 3)))
+
+    def forward(self, x, cache):
+        return stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, cache)
+
+
+def blend_tiles(size, tile, stride, device=None):
+    """Overlapping tiles of one axis: list of (start, weights (tile,)); the weights of all tiles sum to 1 everywhere.
+
+    Weights ramp linearly over the overlap (tile − stride); the last tile is shifted to end at the border.
+    """
+    if tile >= size:
+        return [(0, torch.ones(size, device=device))]
+    starts = [min(s, size - tile) for s in range(0, size - tile + stride, stride)]
+    position = torch.arange(tile, device=device) + 0.5
+    ramp = max(tile - stride, 1)
+    weights = torch.zeros(len(starts), size, device=device)
+    for i, s in enumerate(starts):
+        left = position / ramp if s > 0 else torch.ones_like(position)
+        right = (tile - position) / ramp if s + tile < size else torch.ones_like(position)
+        weights[i, s : s + tile] = torch.minimum(left, right).clamp(max=1)
+    weights /= weights.sum(0)
+    return [(s, weights[i, s : s + tile]) for i, s in enumerate(starts)]
+
+
+class VAE(nn.Module):
+    """Wan 2.1 video VAE: 8×8 pixels and 4 frames (the first: 1) to one latent of 16 normalised channels."""
+
+    def __init__(self, dim=96, z_dim=16):
+        super().__init__()
+        self.z_dim = z_dim
+        self.encoder, self.decoder = Encoder(dim, z_dim), Decoder(dim, z_dim)
+        self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
+
+    def statistics(self, like):
+        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
+        return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+
+    def tiled(self, x, out, step, scale, tile, stride):
+        """Add to `out` the blend of `step(chunk, cache)` over spatial tiles, each streamed over time.
+
+        tile and stride are in latent units; `scale` = (input, output) pixels per latent unit, one of them 1.
+        `step` sees the first frame alone, then groups as long as one latent frame.
+        """
+        sin, sout = scale
+        group = 4 if sin > 1 else 1
+        sizes = [n // sin * sout for n in x.shape[3:]]
+        tile = tuple(x.shape[3:]) if tile is None else tile
+        axes = [blend_tiles(n, t * sout, s * sout, x.device) for n, t, s in zip(sizes, tile, stride)]
+        for top, row_weights in axes[0]:
+            for left, col_weights in axes[1]:
+                weight = row_weights[:, None] * col_weights
+                (h, w), cache, done = weight.shape, {}, 0
+                rows, cols = (slice(a // sout * sin, (a + n) // sout * sin) for a, n in ((top, h), (left, w)))
+                for chunk in x.split([1] + [group] * ((x.shape[2] - 1) // group), dim=2):
+                    y = step(chunk[..., rows, cols], cache)
+                    out[:, :, done : done + y.shape[2], top : top + h, left : left + w] += y * weight
+                    done += y.shape[2]
+        return out
+
+    @torch.no_grad()
+    def encode(self, video, tile=(30, 52), stride=(15, 26)):
+        """video (B, 3, T, 8h, 8w) in [-1, 1], T = 4k+1 -> normalised mean latents (B, 16, (T-1)//4+1, h, w)."""
+        b, _, t, h, w = video.shape
+        if t % 4 != 1 or h % 8 or w % 8:
+            raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
+        mean, std = self.statistics(video)
+        out = video.new_zeros(b, self.z_dim, t // 4 + 1, h // 8, w // 8)
+
+        def step(x, cache):
+            return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
+
+        return self.tiled(video, out, step, (8, 1), tile, stride)
+
+    @torch.no_grad()
+    def decode(self, latents, tile=(30, 52), stride=(15, 26)):
+        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile=None decodes untiled."""
+        b, _, f, h, w = latents.shape
+        mean, std = self.statistics(latents)
+        out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
+
+        def step(x, cache):
+            return self.decoder(self.conv2(x * std + mean, cache), cache)
+
+        return self.tiled(latents, out, step, (1, 8), tile, stride).clamp_(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UMT5 text encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def position_buckets(length, num_buckets, device=None, max_distance=128):
+    """Bucket of each relative position key − query: (L, L) long; half per sign, exact near, logarithmic far."""
+    position = torch.arange(length, device=device)
+    relative = position[None] - position[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    far = exact + (distance.clamp(min=1).float() / exact).log() / math.log(max_distance / exact) * (half - exact)
+    far = far.long().clamp(max=half - 1)
+    return (relative > 0) * half + torch.where(distance < exact, distance, far)
+
+
+class T5Attention(nn.Module):
+    """Attention without 1/√d scaling and without biases, with an additive position bias."""
+
+    def __init__(self, dim, dim_attn, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(dim, dim_attn, bias=False) for _ in range(3))
+        self.o = nn.Linear(dim_attn, dim, bias=False)
+
+    def forward(self, x, bias):
+        q, k, v = (rearrange(f(x), "b l (n d) -> b n l d", n=self.num_heads) for f in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(out, "b n l d -> b l (n d)"))
+
+
+class T5FeedForward(nn.Module):
+    def __init__(self, dim, dim_ffn):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
+        self.fc1, self.fc2 = nn.Linear(dim, dim_ffn, bias=False), nn.Linear(dim_ffn, dim, bias=False)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class PositionBias(nn.Module):
+    def __init__(self, num_buckets, num_heads):
+        super().__init__()
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+
+    def forward(self, length):
+        buckets = position_buckets(length, self.embedding.num_embeddings, self.embedding.weight.device)
+        return rearrange(self.embedding(buckets), "q k n -> 1 n q k")
+
+
+class T5Block(nn.Module):
+    def __init__(self, dim, dim_attn, dim_ffn, num_heads, num_buckets):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
+        self.attn, self.ffn = T5Attention(dim, dim_attn, num_heads), T5FeedForward(dim, dim_ffn)
+        self.pos_embedding = PositionBias(num_buckets, num_heads)  # UMT5: one in every layer, not shared
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.norm1(x), (self.pos_embedding(x.shape[1]) + mask).to(x.dtype))
+        return x + self.ffn(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """UMT5 encoder; the defaults are UMT5-XXL's."""
+
+    def __init__(self, vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24,
+                 num_buckets=32):  # fmt: skip
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab, dim)
+        blocks = [T5Block(dim, dim_attn, dim_ffn, num_heads, num_buckets) for _ in range(num_layers)]
+        self.blocks, self.norm = nn.ModuleList(blocks), RMSNorm(dim, 1e-6)
+
+    def forward(self, ids, mask):
+        """ids (B, L) long, mask (B, L) 1 = real token -> (B, L, dim)."""
+        x = self.token_embedding(ids)
+        bias = torch.zeros(mask.shape, device=x.device).masked_fill(mask == 0, torch.finfo(x.dtype).min)
+        for block in self.blocks:
+            x = block(x, bias[:, None, None])
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
+DIT_FILE, VAE_FILE, TEXT_FILE = (
+    "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth",
+)  # fmt: skip
+TOKENIZER_FILE, TEXT_LENGTH = "google/umt5-xxl/tokenizer.json", 512
+FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters that Wan keeps in fp32, by name
+
+ARCHITECTURES = {  # for random weights: constructor arguments of DiT, VAE and TextEncoder
+    "1.3B": ({}, {}, {}),
+    "14B": (dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), {}, {}),
+    "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8),
+             dict(vocab=4096, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)),
+}  # fmt: skip
+
+
+class ModelError(ValueError):
+    """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+def cast(dit, dtype):
+    """Cast a DiT's weights in place to dtype, but for the parts that Wan keeps in fp32."""
+    for name, p in dit.named_parameters():
+        p.data = p.data.to(torch.float32 if any(part in name for part in FP32_PARTS) else dtype)
+    return dit
+
+
+def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
+    """A frozen module with random weights that keep activations at unit scale, made straight on the device."""
+    with torch.device("meta"):
+        module = cls(**arguments)
+    module = (cast(module, dtype) if cls is DiT else module).to_empty(device=device).requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, p in module.named_parameters():
+        if "norm" in name or name.endswith("gamma"):
+            p.fill_(0 if name.endswith("bias") else 1)
+        elif name.endswith("bias"):
+            p.zero_()
+        else:
+            fan_in = p.shape[-1] if "modulation" in name else p[0].numel()
+            p.normal_(0, fan_in**-0.5, generator=generator)
+    return module.eval()
+
+
+def find_model(model):
+    """Folder of the checkpoint that `model` names: a folder, a hub repo id, 1.3B or 14B (fetched where not cached).
+
+    Raises ModelError when it is none of these, cannot be fetched, or is not a text-to-video Wan.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    repo = REPOS.get(model, model)
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        names = ", ".join(ARCHITECTURES)
+        raise ModelError(f"unknown model {model!r}: give a checkpoint folder, a hub repo id, or one of {names}")
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        read_config(Path(hf_hub_download(repo, "config.json")).parent)  # refuses a wrong model before 17 GB of it
+        files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
+        return Path(snapshot_download(repo, allow_patterns=files))
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot get {repo} from the hub ({reason}); go online, or fetch it elsewhere with `hf download {repo} "
+            "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
+        ) from None
+
+
+def read_config(folder):
+    """config.json of a checkpoint folder, {} where there is none; refuses every model but text-to-video."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ModelError(f"{path}: no valid JSON ({error})") from None
+    kind = config.get("model_type", "t2v")
+    if kind != "t2v":
+        raise ModelError(f"{folder} holds a {kind!r} model; only text-to-video (t2v) ones can be used")
+    return config
+
+
+def read_tensors(path):
+    """name -> (shape, function that reads the tensor) of a .safetensors or .pth file; ModelError when it is damaged.
+
+    .pth files stay memory-mapped. A safetensors file is reopened for each tensor: its map is released with the tensor,
+    so that weights which are cast or moved never stand in host memory all at once.
+    """
+    from safetensors import safe_open
+
+    def read(name):
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        if path.suffix == ".pth":
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return {name: (tuple(t.shape), partial(tensors.get, name)) for name, t in tensors.items()}
+        with safe_open(path, "pt") as file:
+            return {name: (tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in file.keys()}
+    except Exception as error:  # each format has its own exceptions for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} is damaged or incomplete ({reason}); delete it and fetch it again") from None
+
+
+def checkpoint_files(folder):
+    """Files of each part of a checkpoint: {DiT: [...], VAE: [...], TextEncoder: [...]}; ModelError names what lacks."""
+    index, dit = folder / (DIT_FILE + ".index.json"), [folder / DIT_FILE]
+    if index.exists() and not dit[0].exists():
+        try:
+            dit = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelError(f"{index} is no index of weight files; delete it and fetch it again") from None
+    files = {DiT: dit, VAE: [folder / VAE_FILE], TextEncoder: [folder / TEXT_FILE]}
+    needed = [*sum(files.values(), []), folder / TOKENIZER_FILE]
+    missing = [str(path.relative_to(folder)) for path in needed if not path.exists()]
+    if missing:
+        raise ModelError(f"{folder} lacks {', '.join(missing)}")
+    return files
+
+
+ARGUMENT_SHAPES = {  # constructor argument -> (parameter, axis) that tells it
+    DiT: {"dim": ("patch_embedding.weight", 0), "in_dim": ("patch_embedding.weight", 1),
+          "text_dim": ("text_embedding.0.weight", 1), "freq_dim": ("time_embedding.0.weight", 1),
+          "ffn_dim": ("blocks.0.ffn.0.weight", 0)},
+    VAE: {"dim": ("encoder.conv1.weight", 0), "z_dim": ("conv2.weight", 0)},
+    TextEncoder: {"vocab": ("token_embedding.weight", 0), "dim": ("token_embedding.weight", 1),
+                  "dim_attn": ("blocks.0.attn.q.weight", 0), "dim_ffn": ("blocks.0.ffn.fc1.weight", 0),
+                  "num_buckets": ("blocks.0.pos_embedding.embedding.weight", 0),
+                  "num_heads": ("blocks.0.pos_embedding.embedding.weight", 1)},
+}  # fmt: skip
+
+
+def check_checkpoint(folder):
+    """Everything about a checkpoint folder that can be wrong, found from headers alone, before any weight is read.
+
+    Returns {class: (constructor arguments, {name: reader})}. The architecture is read from the shapes of the weights
+    and, for the DiT, from config.json. Raises ModelError.
+    """
+    folder = Path(folder)
+    config, parts = read_config(folder), {}
+    for cls, files in checkpoint_files(folder).items():
+        tensors = {name: entry for file in files for name, entry in read_tensors(file).items()}
+        shapes = {name: shape for name, (shape, _) in tensors.items()}
+        arguments = {k: shapes[n][axis] for k, (n, axis) in ARGUMENT_SHAPES[cls].items() if n in shapes}
+        if cls is not VAE:
+            arguments["num_layers"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+        if cls is DiT:
+            arguments["num_heads"] = arguments.get("dim", 1536) // 128  # every official Wan 2.1 has heads of 128
+            arguments |= {k: v for k, v in config.items() if k in inspect.signature(DiT).parameters}
+            if arguments.get("in_dim", 16) != 16 or any("img" in name for name in shapes):
+                raise ModelError(f"{folder} is no text-to-video model (in_dim {arguments.get('in_dim')}, image keys)")
+        with torch.device("meta"):
+            wanted = {name: tuple(p.shape) for name, p in cls(**arguments).state_dict().items()}
+        wrong = [f"{name} is missing" for name in wanted if name not in shapes]
+        wrong += [f"{name} is unknown" for name in shapes if name not in wanted]
+        wrong += [f"{name} is {shapes[name]}, not {wanted[name]}" for name in wanted
+                  if shapes.get(name, wanted[name]) != wanted[name]]  # fmt: skip
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ModelError(f"{', '.join(f.name for f in files)}: {'; '.join(wrong[:3])}{more}")
+        parts[cls] = arguments, {name: read for name, (_, read) in tensors.items()}
+    return parts
+
+
+def dit_layers(model):
+    """Number of DiT blocks of a checkpoint folder or of a key of ARCHITECTURES."""
+    arguments = ARCHITECTURES[model][0] if model in ARCHITECTURES else check_checkpoint(model)[DiT][0]
+    return arguments.get("num_layers", 30)
+
+
+def load(cls, model, device="cpu", dtype=torch.float32, seed=0):
+    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder (the checkpoint's dtype) on the device.
+
+    model: a checkpoint folder, or a key of ARCHITECTURES for random weights.
+    """
+    if model in ARCHITECTURES:
+        arguments = ARCHITECTURES[model][(DiT, VAE, TextEncoder).index(cls)]
+        return random_model(cls, arguments, device, dtype if cls is DiT else torch.float32, seed)
+    arguments, readers = check_checkpoint(model)[cls]
+    with torch.device("meta"):
+        module = cls(**arguments)
+    tensors = {}
+    for name, read in readers.items():
+        keep = cls is VAE or any(part in name for part in FP32_PARTS)
+        tensors[name] = read().to(device, None if cls is TextEncoder else torch.float32 if keep else dtype)
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(prompt, tokenizer):
+    """UMT5 ids of a prompt, list of at most 512: HTML-unescaped, white space collapsed, cut, then the end token."""
+    text = " ".join(html.unescape(html.unescape(prompt)).split())
+    return tokenizer.encode(text, add_special_tokens=False).ids[: TEXT_LENGTH - 1] + [tokenizer.token_to_id("</s>")]
+
+
+def hash_tokenize(prompt, vocab):
+    """Ids for the tiny random model, which has no vocabulary: a hash of each word, then the end token."""
+    words = " ".join(html.unescape(prompt).split()).split(" ")[: TEXT_LENGTH - 1]
+    return [2 + zlib.crc32(word.encode()) % (vocab - 2) for word in words if word] + [1]
+
+
+@torch.no_grad()
+def encode_prompts(prompts, model, device="cpu"):
+    """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
+    encoder = load(TextEncoder, model, device)
+    if model in ARCHITECTURES:
+        rows = [hash_tokenize(p, encoder.token_embedding.num_embeddings) for p in prompts]
+    else:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(Path(model) / TOKENIZER_FILE))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        rows = [tokenize(p, tokenizer) for p in prompts]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    context = encoder(ids, mask).float() * mask[..., None]
+    return F.pad(context, (0, 0, 0, TEXT_LENGTH - ids.shape[1]))
