@@ -401,14 +401,16 @@ def write_video(path, video, fps):
 
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial.mp4")
+    writer = imageio.get_writer(partial, "ffmpeg", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
+                                macro_block_size=2, output_params=["-crf", "17"])  # fmt: skip
     try:
-        with imageio.get_writer(partial, "ffmpeg", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
-                                macro_block_size=2, output_params=["-crf", "17"]) as writer:  # fmt: skip
-            for frame in video[0].unbind(1):
-                frame = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-                writer.append_data(frame.permute(1, 2, 0).cpu().numpy())
+        for frame in video[0].unbind(1):
+            frame = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            writer.append_data(frame.permute(1, 2, 0).cpu().numpy())
+        writer.close()
         partial.replace(path)
     finally:
+        writer.close()  # a `with` would leave ffmpeg running after an error
         partial.unlink(missing_ok=True)
 
 
@@ -421,7 +423,7 @@ NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-PRESETS = {"tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3}}  # a model's own defaults, in place of the paper's
+PRESETS = {"tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3}}  # a model's own defaults
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

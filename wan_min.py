@@ -150,7 +150,7 @@ class Head(nn.Module):
 
 
 class DiT(nn.Module):
-    """Wan 2.1 diffusion transformer; arguments are named as in the checkpoint's config.json, defaults are the 1.3B's."""
+    """Wan 2.1 diffusion transformer; arguments named as in the checkpoint's config.json, defaults the 1.3B's."""
 
     def __init__(self, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096,
                  freq_dim=256, patch_size=(1, 2, 2), eps=1e-6):  # fmt: skip

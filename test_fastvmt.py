@@ -1,0 +1,746 @@
+"""Tests of fastvmt.py and wan_min.py: slow loops over the equations, known motion, and independent oracles.
+
+pip install -r requirements.txt pytest diffusers transformers && python -m pytest -q
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastvmt
+import wan_min
+from fastvmt import MotionConfig
+
+HERE = Path(__file__).parent
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(a, b, tolerance):
+    assert a.shape == b.shape, (a.shape, b.shape)
+    error = (a - b).abs().max().item()
+    assert error <= tolerance, f"max abs error {error:.3g}"  # NaN fails
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method against slow loops over the equations, in float64
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def slow_amf(Q, K, span, tile, window, tau, center):
+    """Sec. 3.2 in loops: {(i, j): (flow (H, W, 2), [mean key of each tile])}."""
+    Q, K = Q.double().numpy(), K.double().numpy()
+    num_frames, H, W, D = Q.shape
+    lh, lw = (H, W) if window is None else (min(window, H), min(window, W))
+    out = {}
+    for i, j in itertools.product(range(num_frames), repeat=2):
+        if not 1 <= j - i <= span:
+            continue
+        flow, means = np.full((H, W, 2), np.nan), []
+        for a, b in itertools.product(range(0, H, tile[0]), range(0, W, tile[1])):
+            query = Q[i, min(a + tile[0] // 2, H - 1), min(b + tile[1] // 2, W - 1)]
+            logits = np.array([[query @ K[j, r, c] for c in range(W)] for r in range(H)])
+            if center == "argmax":
+                cy, cx = np.unravel_index(logits.argmax(), logits.shape)
+            else:
+                attention = np.exp(logits * tau / math.sqrt(D))
+                attention /= attention.sum()
+                cy = round(sum(attention[r, c] * r for r in range(H) for c in range(W)))
+                cx = round(sum(attention[r, c] * c for r in range(H) for c in range(W)))
+            top, left = min(max(cy - lh // 2, 0), H - lh), min(max(cx - lw // 2, 0), W - lw)
+            places = [(r, c) for r in range(top, top + lh) for c in range(left, left + lw)]
+            means.append(np.mean([K[j, r, c] for r, c in places], axis=0))
+            for r, c in itertools.product(range(a, min(a + tile[0], H)), range(b, min(b + tile[1], W))):
+                weights = np.array([math.exp(Q[i, r, c] @ K[j, y, x] / math.sqrt(D) * tau) for y, x in places])
+                flow[r, c] = weights @ np.array(places) / weights.sum() - (r, c)
+        out[i, j] = flow, means
+    return out
+
+
+AMF_CASES = [  # frames, H, W, span, tile, window, tau, center
+    (2, 1, 1, 5, (3, 4), 21, 1.0, "soft"),
+    (2, 3, 4, 1, (3, 4), None, 1.0, "soft"),
+    (3, 7, 9, 5, (3, 4), 3, 1.0, "soft"),
+    (3, 7, 9, 2, (3, 4), 4, 2.5, "argmax"),
+    (4, 6, 5, 2, (2, 2), 5, 0.7, "soft"),
+    (3, 5, 11, 9, (4, 3), 7, 1.0, "argmax"),
+    (7, 4, 3, 3, (5, 2), 3, 1.0, "soft"),
+    (2, 9, 2, 1, (1, 1), 3, 1.0, "soft"),
+    (3, 5, 6, 2, (3, 4), 21, 1.0, "argmax"),
+    (3, 1, 13, 2, (3, 4), 5, 1.0, "soft"),
+]
+
+
+@pytest.mark.parametrize("case", AMF_CASES, ids=str)
+def test_amf_equals_the_equations(case):
+    num_frames, H, W, span, tile, window, tau, center = case
+    Q, K = (randn(num_frames, H, W, 6, seed=s, dtype=torch.float64) * 1.7 for s in (1, 2))
+    args = dict(span=span, tile=tile, window=window, tau=tau, center=center)
+    slow = slow_amf(Q, K, **args)
+    i, j = fastvmt.frame_pairs(num_frames, span)
+    pairs = list(zip(i.tolist(), j.tolist()))
+    assert pairs == sorted(slow, key=lambda pair: (pair[1] - pair[0], pair[0]))
+    for max_elements in (1, 2000, 2**25):  # one pair at a time, a few, all
+        flow, key_mean = fastvmt.attention_motion_flow(Q, K, **args, max_elements=max_elements)
+        close(flow, torch.tensor(np.stack([slow[p][0] for p in pairs])), 1e-10)
+        close(key_mean, torch.tensor(np.stack([slow[p][1] for p in pairs])), 1e-10)
+    assert fastvmt.attention_motion_flow(Q.float(), K.float(), **args)[0].dtype == torch.float32
+
+
+def test_amf_gradient_equals_that_of_the_equations():
+    """Against autograd of dense, masked attention, whose window is held fixed."""
+    Q, K = (randn(3, 5, 7, 4, seed=s, dtype=torch.float64).requires_grad_() for s in (1, 2))
+    flow, key_mean = fastvmt.attention_motion_flow(Q, K, span=2, tile=(3, 4), window=3, max_elements=300)
+    a, b = randn(*flow.shape, dtype=torch.float64), randn(*key_mean.shape, dtype=torch.float64)
+    grads = torch.autograd.grad((flow * a).sum() + (key_mean * b).sum(), (Q, K))
+    total, grid = 0, (5, 7)
+    positions = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
+    for p, (i, j) in enumerate(zip(*fastvmt.frame_pairs(3, 2))):
+        queries = fastvmt.tile_queries(Q.detach(), (3, 4))
+        centers = fastvmt.window_centers(queries[i][None], K.detach()[j][None])
+        index = fastvmt.window_indices(fastvmt.window_origins(centers, grid, (3, 3)), grid, (3, 3))[0]  # (N, M)
+        for r, c in itertools.product(range(5), range(7)):
+            tile = r // 3 * 2 + c // 4
+            keys = K[j].flatten(0, 1)[index[tile]]
+            attention = (keys @ Q[i, r, c] / 2).softmax(0)
+            total = total + ((attention @ positions[index[tile]] - torch.tensor([r, c])) * a[p, r, c]).sum()
+        for tile in range(4):
+            total = total + (K[j].flatten(0, 1)[index[tile]].mean(0) * b[p, tile]).sum()
+    for ours, true in zip(grads, torch.autograd.grad(total, (Q, K))):
+        close(ours, true, 1e-10)
+
+
+def test_tiles_partition_the_grid_and_return():
+    for (H, W), tile in itertools.product([(1, 1), (3, 4), (7, 9), (5, 13)], [(3, 4), (1, 1), (4, 2), (9, 20)]):
+        x = torch.arange(2.0 * H * W).view(2, H, W, 1)
+        tiles = fastvmt.tile_tokens(x + 1, tile)
+        assert tiles.shape == (2, math.ceil(H / tile[0]) * math.ceil(W / tile[1]), tile[0] * tile[1], 1)
+        assert (tiles != 0).sum() == x.numel()
+        assert torch.equal(fastvmt.untile_tokens(tiles, tile, (H, W)), x + 1)
+        position = torch.stack(torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij"), -1)[None]
+        true = [(min(a + tile[0] // 2, H - 1), min(b + tile[1] // 2, W - 1))
+                for a in range(0, H, tile[0]) for b in range(0, W, tile[1])]  # fmt: skip
+        assert fastvmt.tile_queries(position, tile)[0].tolist() == [list(p) for p in true]
+
+
+def test_window_is_shifted_into_the_grid_not_cropped():
+    centers = torch.tensor([[[0, 0], [2, 3], [5, 8], [3, 7]]])
+    origins = fastvmt.window_origins(centers, (6, 9), (3, 5))
+    assert origins.tolist() == [[[0, 0], [1, 1], [3, 4], [2, 4]]]
+    assert fastvmt.window_indices(origins, (6, 9), (3, 5))[0, 1].tolist() == [
+        10, 11, 12, 13, 14, 19, 20, 21, 22, 23, 28, 29, 30, 31, 32]  # fmt: skip
+
+
+def test_head_average_is_over_heads():
+    x = randn(2 * 3 * 5, 4, 6).bfloat16()
+    mean = fastvmt.head_average(x, (2, 3, 5))
+    assert mean.dtype == torch.float32
+    for f, h, w in itertools.product(range(2), range(3), range(5)):
+        close(mean[f, h, w], x[(f * 3 + h) * 5 + w].float().mean(0), 1e-6)
+
+
+@pytest.mark.parametrize("num_frames, span", [(2, 5), (3, 1), (5, 2), (7, 3), (7, 5), (4, 9)])
+def test_losses_equal_the_equations(num_frames, span):
+    i, j = fastvmt.frame_pairs(num_frames, span)
+    pairs = list(zip(i.tolist(), j.tolist()))
+    ref, gen = (randn(len(pairs), 3, 5, 2, seed=s, dtype=torch.float64) for s in (1, 2))
+    true = 0
+    for p, (a, b) in enumerate(pairs):
+        weight = 1 - 0.3 * (b - a - 1) / (span - 1) if span > 1 else 1
+        for r, c in itertools.product(range(3), range(5)):
+            true += weight * float(((ref[p, r, c] - gen[p, r, c]) ** 2).sum()) / (len(pairs) * 15)
+    ours = fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3)
+    assert math.isclose(ours.item(), true, rel_tol=1e-6)
+
+    key_mean = randn(len(pairs), 4, 6, dtype=torch.float64)
+    for squared in (False, True):
+        true = 0
+        for anchor in range(num_frames):
+            targets = range(anchor + 1, min(anchor + span - 1, num_frames - 1) + 1)
+            for tile, (a, b) in itertools.product(range(4), zip(targets, targets[1:])):
+                change = key_mean[pairs.index((anchor, b)), tile] - key_mean[pairs.index((anchor, a)), tile]
+                size = float((change**2).sum()) if squared else math.sqrt((change**2).sum())
+                true += size / (num_frames * 4 * (len(targets) - 1))
+        ours = fastvmt.window_loss(key_mean, num_frames=num_frames, span=span, squared=squared)
+        assert math.isclose(ours.item(), true, abs_tol=1e-12)
+
+
+def test_losses_weights_and_gradients():
+    assert fastvmt.offset_weights(5).tolist() == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
+    assert fastvmt.offset_weights(1).tolist() == [1.0]
+    ref, gen = (randn(9, 3, 5, 2, seed=s).requires_grad_() for s in (1, 2))
+    key_mean = randn(9, 4, 6).requires_grad_()
+    config = MotionConfig(span=3, lambda_amf=2.0, lambda_window=0.5)  # 5 frames, span 3: 9 pairs
+    total, amf, window = fastvmt.motion_losses(ref, gen, key_mean, num_frames=5, config=config)
+    assert total.item() == pytest.approx(2 * amf.item() + 0.5 * window.item())
+    assert torch.autograd.grad(total, (ref, gen, key_mean), allow_unused=True)[0] is None  # the reference is detached
+    still = torch.ones(9, 4, 6, requires_grad=True)
+    fastvmt.window_loss(still, num_frames=5, span=3).backward()
+    assert torch.equal(still.grad, torch.zeros_like(still))  # and not NaN, where the norm has its kink
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ground truth: clips whose motion is known
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def moving_texture(num_frames, grid, velocity, dim=32, scale=8.0):
+    """Features (F, H, W, dim) of a random texture that moves by velocity (rows, columns) a frame."""
+    (H, W), margin = grid, num_frames * max(abs(v) for v in velocity)
+    texture = F.normalize(randn(H + 2 * margin, W + 2 * margin, dim), dim=-1) * scale
+    frames = []
+    for n in range(num_frames):
+        top, left = margin - n * velocity[0], margin - n * velocity[1]
+        frames.append(texture[top : top + H, left : left + W])
+    return torch.stack(frames)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("velocity", [(1, 0), (0, -1), (-1, 2)])
+def test_known_motion_is_found(velocity, window):
+    x = moving_texture(4, (15, 24), velocity)
+    flow, _ = fastvmt.attention_motion_flow(x, x, span=2, window=window, tau=4.0, center="argmax")
+    for p, (i, j) in enumerate(zip(*fastvmt.frame_pairs(4, 2))):
+        inner = flow[p, 4:-4, 4:-8]  # tiles whose query leaves the frame may go wrong
+        close(inner, torch.tensor(velocity).float().expand_as(inner) * (j - i), 0.05)
+
+
+def test_static_clip_has_no_flow_and_no_window_loss():
+    x = moving_texture(5, (7, 9), (0, 0))
+    flow, key_mean = fastvmt.attention_motion_flow(x, x, window=5, tau=4.0)
+    close(flow, torch.zeros_like(flow), 0.05)
+    assert fastvmt.window_loss(key_mean, num_frames=5).item() == 0
+
+
+def test_window_corrects_a_false_far_match():
+    """The paper's Fig. 5: a look-alike far away fools the full-frame AMF, the window leaves it out."""
+    Q = moving_texture(2, (9, 28), (0, 1))
+    K = Q.clone()
+    K[1, 4, 25] = 2 * Q[0, 3, 4]  # a louder copy of one token, 20 columns off
+    args = dict(span=1, tau=4.0, center="argmax")
+    full, _ = fastvmt.attention_motion_flow(Q, K, window=None, **args)
+    local, _ = fastvmt.attention_motion_flow(Q, K, window=7, **args)
+    close(full[0, 3, 4], torch.tensor([1.0, 21.0]), 0.1)
+    close(local[0, 3, 4], torch.tensor([0.0, 1.0]), 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step-skip optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, interval", [(10, 3), (10, 1), (7, 4), (1, 3), (6, 6), (3, 9)])
+def test_step_skip_counts_and_reuses_gradients(steps, interval):
+    """Against AdamW written out (Loshchilov & Hutter), fed the gradients of eq. 9."""
+    start, target, lr = randn(5, seed=1), randn(5, seed=2), (0.3, 0.1)
+    calls = []
+
+    def objective(x):
+        calls.append(x)
+        return ((x - target) ** 4).sum()
+
+    result = fastvmt.optimize_latent(start, objective, steps=steps, interval=interval, lr=lr)
+    assert len(calls) == math.ceil(steps / interval)
+    x, m, v = start.double(), 0, 0
+    for k in range(steps):
+        if k % interval == 0:
+            gradient = 4 * (x - target) ** 3
+        rate = lr[0] + (lr[1] - lr[0]) * (k / (steps - 1) if steps > 1 else 0)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        step = (m / (1 - 0.9 ** (k + 1))) / ((v / (1 - 0.999 ** (k + 1))).sqrt() + 1e-8)
+        x = x - rate * 0.01 * x - rate * step
+    close(result.double(), x, 1e-5)
+    assert torch.equal(start, randn(5, seed=1)) and not result.requires_grad
+
+
+def test_interval_1_is_plain_adamw_and_the_latent_the_only_leaf():
+    weight, x = randn(4, 4).requires_grad_(), randn(4, seed=1)
+    result = fastvmt.optimize_latent(x, lambda x: (weight @ x).square().sum(), steps=4, interval=1, lr=(0.1, 0.1))
+    plain = x.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([plain], lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (weight.detach() @ plain).square().sum().backward()
+        optimizer.step()
+    close(result, plain.detach(), 1e-6)
+    assert weight.grad is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The DiT's Q and K, and the sampler, on a tiny random model
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY = dict(dim=48, ffn_dim=64, num_heads=2, num_layers=4, text_dim=16, freq_dim=16)
+CONFIG = MotionConfig(block=3, window=5, tile=(2, 3), span=3)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return wan_min.random_model(wan_min.DiT, TINY)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Noise, clean reference latents, and the three prompts' contexts."""
+    texture = moving_texture(5, (12, 16), (1, 1), dim=16, scale=4.0)
+    contexts = randn(3, 1, 7, 16, seed=4)
+    return randn(1, 16, 5, 12, 16, seed=3), texture.permute(3, 0, 1, 2)[None].contiguous(), *contexts
+
+
+def attention_inputs(monkeypatch):
+    """Record the q and k of every attention as (B, heads, S, D), in the order of the calls."""
+    calls, true = [], F.scaled_dot_product_attention
+
+    def spy(q, k, *args, **kwargs):
+        calls.append((q, k))
+        return true(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    return calls
+
+
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_qk_equals_the_full_forward(dit, clip, monkeypatch, block):
+    x, t, context = clip[0].clone().requires_grad_(), torch.tensor([700.0]), clip[2]
+    calls = attention_inputs(monkeypatch)
+    dit(x, t, context)
+    true = [part.transpose(1, 2) for part in calls[2 * (block - 1)]]  # self- and cross-attention take turns
+    for checkpoint in (False, True):
+        ours = dit.qk(x, t, context, block, checkpoint=checkpoint)
+        for a, b in zip(ours, true):
+            assert a.shape == (1, 5 * 6 * 8, 2, 24)
+            close(a, b, 1e-6)
+        weights = [randn(*part.shape, seed=5) for part in true]
+        grads = [torch.autograd.grad(sum((w * part).sum() for w, part in zip(weights, parts)), x, retain_graph=True)[0]
+                 for parts in (ours, true)]  # fmt: skip
+        close(grads[0], grads[1], 1e-4 * grads[1].abs().max().item())
+        assert grads[1].abs().max() > 0
+
+
+def test_qk_needs_nothing_after_them(dit, clip):
+    x, t, context = clip[0], torch.tensor([300.0]), clip[2]
+    before = dit.qk(x, t, context, 2)
+    other = wan_min.random_model(wan_min.DiT, TINY)
+    other.blocks = other.blocks[:2]
+    for part in (other.head, other.blocks[1].cross_attn, other.blocks[1].ffn, other.blocks[1].self_attn.v):
+        for p in part.parameters():
+            p.fill_(math.nan)
+    for a, b in zip(before, other.qk(x, t, context, 2)):
+        assert torch.equal(a, b)
+    for block in (0, 5):
+        with pytest.raises(ValueError, match=f"block {block} .*1 to 4"):
+            dit.qk(x, t, context, block)
+
+
+def test_checkpointing_changes_nothing(dit, clip):
+    noise, reference, context, negative, null = clip
+    results = [fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, reference=reference, null=null,
+                              config=CONFIG, checkpoint=checkpoint) for checkpoint in (False, True)]  # fmt: skip
+    close(*results, 1e-6)
+
+
+def test_plain_sampling_is_euler_with_cfg(dit, clip):
+    noise, reference, context, negative, null = clip
+    sigmas = wan_min.flow_sigmas(3)
+    x = noise.clone()
+    for a, b in zip(sigmas, sigmas[1:]):
+        t = torch.full((1,), 1000 * a.item())
+        positive, other = dit(x, t, context), dit(x, t, negative)
+        x = x + (b - a) * (other + 5.8 * (positive - other))
+    plain = fastvmt.sample(dit, noise, sigmas, context, negative)
+    close(plain, x, 1e-4)
+    # At strength 1 a reference that is not followed leaves no trace.
+    unguided = MotionConfig(guided_fraction=0.0)
+    ours = fastvmt.sample(dit, noise, sigmas, context, negative, reference=reference, null=null, config=unguided)
+    assert torch.equal(ours, plain)
+    x, sigmas = noise, wan_min.flow_sigmas(1)
+    close(fastvmt.sample(dit, x, sigmas, context, None, cfg_scale=1), x - dit(x, torch.tensor([1000.0]), context), 1e-5)
+
+
+def test_guidance_lowers_the_loss(dit, clip):
+    noise, reference, context, negative, null = clip
+    steps = []
+
+    def callback(step, x, losses):
+        steps.append(losses)
+
+    config = dataclasses.replace(CONFIG, tau=3.0, guided_fraction=0.5, lr=(0.02, 0.02))
+    sigmas = wan_min.flow_sigmas(4, shift=1.0, strength=0.8)
+    fastvmt.sample(dit, noise, sigmas, context, negative, reference=reference, null=null, config=config,
+                   callback=callback)  # fmt: skip
+    assert [len(losses) for losses in steps] == [4, 4, 0, 0]  # ⌈10/3⌉ gradients in the first half of the steps
+    for losses in steps[:2]:
+        assert losses[-1][0] < 0.6 * losses[0][0]
+        for total, amf, window in losses:
+            assert total == pytest.approx(5 * amf + window, rel=1e-5)
+
+
+def test_sampler_features_of_the_reference(clip):
+    """Which latents, noise level and prompt the reference's and the result's features are read at (Algorithm 1)."""
+    noise, reference, context, negative, null = clip
+
+    class Spy:
+        patch_size, qk_calls = (1, 2, 2), None
+
+        def __call__(self, x, t, context):
+            return torch.zeros_like(x)
+
+        def qk(self, x, t, context, block, checkpoint):
+            self.qk_calls.append((x.detach().clone(), t.item(), context, block, torch.is_grad_enabled()))
+            q = x[..., ::2, ::2].flatten(2).transpose(1, 2)[:, :, None]
+            return q, q
+
+    sigmas, spy = wan_min.flow_sigmas(10, shift=3.0, strength=0.9), Spy()
+    run = dict(reference=reference, null=null)
+    for mode, references in (("match", 2), ("clean", 1)):
+        spy.qk_calls = []
+        config = MotionConfig(block=7, inner_steps=4, interval=2, ref_noise=mode)
+        fastvmt.sample(spy, noise, sigmas, context, negative, config=config, **run)
+        of_reference = [c for c in spy.qk_calls if c[2] is null]
+        of_result = [c for c in spy.qk_calls if c[2] is context]
+        assert (len(of_reference), len(of_result)) == (references, 4) and len(spy.qk_calls) == references + 4
+        assert all(c[3] == 7 for c in spy.qk_calls) and not any(c[4] for c in of_reference)
+        for sigma, (x, t, *_) in zip(sigmas.tolist(), of_reference):
+            level = sigma if mode == "match" else 0.0
+            assert t == pytest.approx(1000 * level)
+            close(x, (1 - level) * reference + level * noise, 1e-5)
+        assert [c[1] for c in of_result] == pytest.approx([1000 * sigmas[n].item() for n in (0, 0, 1, 1)])
+        close(of_result[0][0], (1 - sigmas[0]) * reference + sigmas[0] * noise, 1e-5)
+
+
+def test_guided_steps():
+    for steps, fraction, guided in [(50, 0.2, 10), (50, 0.0, 0), (4, 0.2, 1), (15, 0.2, 3), (7, 1.0, 7)]:
+        assert fastvmt.guided_steps(steps, MotionConfig(guided_fraction=fraction)) == guided
+
+
+def test_a_latent_that_is_not_finite_stops_the_run(clip):
+    def broken(x, t, context):
+        return x * (math.nan if t < 900 else 1)
+
+    with pytest.raises(FloatingPointError, match="step 3 of 5"):
+        fastvmt.sample(broken, clip[0], wan_min.flow_sigmas(5, shift=3.0), clip[2], clip[3])
+
+
+def test_flow_sigmas():
+    for steps, shift, strength in [(50, 7.0, 1.0), (4, 1.0, 0.75), (1, 3.0, 0.5)]:
+        s = np.linspace(strength, 0, steps + 1)
+        true = torch.tensor(shift * s / (1 + (shift - 1) * s)).float()
+        close(wan_min.flow_sigmas(steps, shift, strength), true, 1e-7)
+    assert wan_min.flow_sigmas(50)[0] == 1 and wan_min.flow_sigmas(50)[-1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wan 2.1 against diffusers and transformers, on random weights under the official names
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def perturbed(module, seed=1):
+    """Random weights with no zeros or ones left, so that every parameter shows in the output."""
+    for n, p in enumerate(module.parameters()):
+        p.add_(randn(*p.shape, seed=seed + n) * 0.05)
+    return module
+
+
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers", reason="diffusers is not installed: parity with it is not checked")
+
+
+@pytest.mark.parametrize("heads, head_dim", [(2, 24), (3, 16), (1, 128)])
+def test_dit_equals_diffusers(diffusers, heads, head_dim):
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+
+    dim = heads * head_dim
+    ours = perturbed(wan_min.random_model(wan_min.DiT, TINY | dict(dim=dim, num_heads=heads, num_layers=2)))
+    true = diffusers.WanTransformer3DModel(
+        num_attention_heads=heads, attention_head_dim=head_dim, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=2,
+        cross_attn_norm=True, rope_max_seq_len=32)  # fmt: skip
+    true.load_state_dict(convert({k: v.clone() for k, v in ours.state_dict().items()}), strict=True)
+    x, t, context = randn(2, 16, 3, 10, 14), torch.tensor([37.25, 912.0]), randn(2, 9, 16)
+    with torch.no_grad():
+        out = ours(x, t, context)
+        close(out, true(x, t, context, return_dict=False)[0], 1e-4)
+    assert 0.3 < out.std() < 3
+
+
+def test_vae_equals_diffusers(diffusers):
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers as convert
+
+    ours, true = perturbed(wan_min.random_model(wan_min.VAE, dict(dim=4))), diffusers.AutoencoderKLWan(base_dim=4)
+    true.load_state_dict(convert({k: v.clone() for k, v in ours.state_dict().items()}), strict=True)
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (true.config.latents_mean, true.config.latents_std))
+    for shape in [(2, 3, 9, 16, 24), (1, 3, 1, 24, 16), (1, 3, 13, 8, 16)]:
+        video = (randn(*shape) * 0.5).clamp(-1, 1)
+        with torch.no_grad():
+            latents = ours.encode(video)
+            close(latents, (true.encode(video).latent_dist.mode() - mean) / std, 1e-4)
+            decoded = ours.decode(latents)
+            close(decoded, true.decode(latents * std + mean).sample, 1e-4)
+        assert decoded.shape == video.shape and decoded.std() > 0.1 and latents.std() > 0.1
+
+
+def test_vae_streams_and_sees_only_the_past():
+    vae = perturbed(wan_min.random_model(wan_min.VAE, dict(dim=4)))
+    video = randn(1, 3, 13, 16, 16).clamp(-1, 1)
+    latents = vae.encode(video)
+    close(vae.encode(video[:, :, :9]), latents[:, :, :3], 1e-5)
+    close(vae.decode(latents[:, :, :3]), vae.decode(latents)[:, :, :9], 1e-5)
+    with pytest.raises(ValueError, match="4k\\+1"):
+        vae.encode(video[:, :, :12])
+
+
+def test_vae_tiles_blend_to_the_untiled_result():
+    for size, tile, stride in [(60, 30, 15), (104, 52, 26), (64, 30, 15), (31, 30, 15), (9, 4, 4), (7, 30, 15)]:
+        total = torch.zeros(size)
+        for start, weights in wan_min.blend_tiles(size, tile, stride):
+            assert len(weights) == min(tile, size) and (weights > 0).all()
+            total[start : start + len(weights)] += weights
+        close(total, torch.ones(size), 1e-6)
+    vae = wan_min.random_model(wan_min.VAE, dict(dim=4))
+    for part in (vae.encoder, vae.decoder):  # attention over a whole tile cannot equal that over the whole frame
+        part.middle[1].proj.weight.zero_()
+    latents, video = randn(1, 16, 2, 3, 40), randn(1, 3, 5, 24, 320).clamp(-1, 1)
+    for run, x, unit in ((vae.decode, latents, 8), (vae.encode, video, 1)):
+        whole, tiled = run(x, tile=None), run(x, tile=(30, 24), stride=(15, 16))  # columns 0 to 24 and 16 to 40
+        assert not torch.equal(whole, tiled) and (whole - tiled).abs().mean() < 0.1 * whole.std()
+        for far in (slice(None, 6 * unit), slice(-6 * unit, None)):  # from where tiles meet
+            close(whole[..., far], tiled[..., far], 1e-3)
+
+
+def test_umt5_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity not checked")
+    sizes = dict(vocab=100, dim=32, dim_attn=48, dim_ffn=40, num_heads=3, num_layers=2)
+    ours = perturbed(wan_min.random_model(wan_min.TextEncoder, sizes))
+    config = transformers.UMT5Config(vocab_size=100, d_model=32, d_kv=16, d_ff=40, num_layers=2, num_heads=3,
+                                     feed_forward_proj="gated-gelu")  # fmt: skip
+    true = transformers.UMT5EncoderModel(config).eval()
+    weights = ours.state_dict()
+    names = {"attn.q": "0.SelfAttention.q", "attn.k": "0.SelfAttention.k", "attn.v": "0.SelfAttention.v",
+             "attn.o": "0.SelfAttention.o", "norm1": "0.layer_norm", "norm2": "1.layer_norm",
+             "ffn.gate.0": "1.DenseReluDense.wi_0", "ffn.fc1": "1.DenseReluDense.wi_1",
+             "ffn.fc2": "1.DenseReluDense.wo",
+             "pos_embedding.embedding": "0.SelfAttention.relative_attention_bias"}  # fmt: skip
+    renamed = {f"encoder.block.{n}.layer.{theirs}.weight": weights[f"blocks.{n}.{name}.weight"]
+               for n in range(2) for name, theirs in names.items()}  # fmt: skip
+    renamed["encoder.final_layer_norm.weight"] = weights["norm.weight"]
+    renamed["shared.weight"] = renamed["encoder.embed_tokens.weight"] = weights["token_embedding.weight"]
+    true.load_state_dict(renamed, strict=True)
+    ids, mask = torch.randint(0, 100, (2, 200), generator=torch.Generator().manual_seed(0)), torch.ones(2, 200).long()
+    mask[0, 150:] = 0
+    with torch.no_grad():
+        out = ours(ids, mask)
+        theirs = true(ids, attention_mask=mask).last_hidden_state
+    close(out * mask[..., None], theirs * mask[..., None], 1e-4)
+    assert 0.3 < out.std() < 3
+
+
+def test_prompts_are_padded_with_zeros_after_encoding():
+    contexts = wan_min.encode_prompts(["a red fox", "", "a   red\n&amp; fox"], "tiny")
+    assert contexts.shape == (3, 512, 64)
+    assert [(row.abs().sum(-1) > 0).sum().item() for row in contexts] == [4, 1, 5]  # words and the end token
+    close(contexts[:1], wan_min.encode_prompts(["a  red fox "], "tiny"), 1e-5)
+    assert (contexts[0, 0] - wan_min.encode_prompts(["a blue fox"], "tiny")[0, 0]).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ffmpeg(*args):
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace").stderr
+
+
+def write_clip(path, num_frames=14, size=(48, 80), fps=12, options=()):
+    """A clip with a bright left half, whose frame n has brightness 10n on the right."""
+    raw = np.zeros((num_frames, *size, 3), np.uint8)
+    raw[:, :, : size[1] // 2] = 200
+    raw[:, :, size[1] // 2 :] = (np.arange(num_frames) * 10)[:, None, None, None]
+    source = path.with_suffix(".rgb")
+    source.write_bytes(raw.tobytes())
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[1]}x{size[0]}", "-r", fps, "-i", source, *options, path)
+    assert path.exists()
+    return path
+
+
+def run_main(capsys, *args):
+    """Exit code, stdout and stderr of the program, in this process."""
+    code = fastvmt.main([str(a) for a in args])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+SMALL = ["--prompt", "a red fox", "--model", "tiny", "--steps", "2", "--inner-steps", "2", "--device", "cpu"]
+
+
+def test_command_line_makes_the_video(tmp_path):
+    ref = write_clip(tmp_path / "in.mp4", fps=12)
+    outputs = []
+    for name, extra in (("a", []), ("b", []), ("c", ["--seed", "1"]), ("d", ["--no-transfer"])):
+        out = tmp_path / name / "out.mp4"
+        out.parent.mkdir()
+        command = [sys.executable, HERE / "fastvmt.py", "--ref", ref, "--out", out, "--size", "33x64", *SMALL, *extra]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "noise by design" in done.stdout and "32x64" in done.stdout
+        assert [p.name for p in out.parent.iterdir()] == ["out.mp4"]
+        outputs.append(out.read_bytes())
+    assert outputs[0] == outputs[1] and outputs[0] != outputs[2] and outputs[0] != outputs[3]
+    info = ffmpeg("-i", tmp_path / "a" / "out.mp4", "-f", "null", "-")
+    assert all(s in info for s in ("Video: h264", "yuv420p", "64x32", "12 fps", "frame=   13")), info
+
+
+def test_user_errors(tmp_path, capsys):
+    ref = write_clip(tmp_path / "in.mp4")
+    short = write_clip(tmp_path / "short.mp4", num_frames=4)
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "o.mp4"
+    before = sorted(tmp_path.rglob("*"))
+    cases = [  # arguments that come last, what the message must name
+        (["--ref", tmp_path / "no.mp4"], "no.mp4"),
+        (["--ref", tmp_path], "no file"),
+        (["--ref", text], "text.mp4"),
+        (["--ref", short], "4 frames"),
+        (["--prompt", "  "], "prompt is empty"),
+        (["--size", "16x64"], "at least 32"),
+        (["--size", "480"], "HxW"),
+        (["--size", "axb"], "HxW"),
+        (["--frames", "4"], "--frames"),
+        (["--steps", "0"], "--steps"),
+        (["--guided-fraction", "1.5"], "guided-fraction"),
+        (["--center", "middle"], "--center"),
+        (["--model", "nonsense"], "unknown model 'nonsense'"),
+        (["--model", tmp_path / "nowhere"], "nowhere"),
+        (["--model", tmp_path / "empty"], "lacks diffusion_pytorch_model.safetensors, Wan2.1_VAE.pth, models_t5"),
+        (["--block", "5"], "block 5 is outside the model's 1 to 4"),
+        (["--block", "0"], "--block"),
+        (["--out", tmp_path / "missing" / "o.mp4"], "missing"),
+        (["--out", text / "o.mp4"], "text.mp4"),
+        (["--out", tmp_path / "o.avi"], ".mp4"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ]
+    for extra, message in cases:
+        code, _, err = run_main(capsys, "--ref", ref, "--out", out, *SMALL, *extra)
+        assert code == 2, extra
+        assert message in err and len(err.splitlines()) == 1, err
+    assert run_main(capsys, "--prompt", "a fox")[0] == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_shows_every_setting_with_default_and_source(capsys):
+    with pytest.raises(SystemExit):
+        fastvmt.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for f in dataclasses.fields(MotionConfig):
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"] in text
+        assert any(mark in f.metadata["help"] for mark in ("eq.", "Sec.", "App.", "Alg."))
+    for default in ("15)", "21)", "(3, 4)", "(0.003, 0.002)", "5.8)", "7.0)", "50)", "81)"):
+        assert f"(default: {default}" in text
+
+
+def test_every_setting_reaches_the_method(monkeypatch, tmp_path):
+    seen = {}
+
+    def fake(dit, noise, sigmas, context, negative, **kwargs):
+        seen.update(kwargs, steps=len(sigmas) - 1, first=sigmas[0].item(), noise=noise)
+        return torch.zeros_like(noise)
+
+    monkeypatch.setattr(fastvmt, "sample", fake)
+    flags = dict(block=2, tile=(2, 5), window=7, span=4, tau=1.5, center="argmax", alpha=0.1, lambda_amf=2.0,
+                 lambda_window=3.0, squared=True, guided_fraction=0.5, inner_steps=4, interval=2, lr=(0.1, 0.2),
+                 ref_noise="clean")  # fmt: skip
+    assert set(flags) == {f.name for f in dataclasses.fields(MotionConfig)}
+    args = ["--ref", "demo", "--prompt", "a", "--model", "tiny", "--size", "32x48", "--frames", "7", "--steps", "9",
+            "--cfg-scale", "3", "--strength", "0.5", "--shift", "1", "--seed", "3"]  # fmt: skip
+    args += ["--out", tmp_path / "o.mp4"]
+    for name, value in flags.items():
+        values = [] if value is True else value if isinstance(value, tuple) else [value]
+        args += ["--" + name.replace("_", "-"), *values]
+    assert fastvmt.main([str(a) for a in args]) == 0
+    assert seen["config"] == MotionConfig(**flags)
+    assert (seen["steps"], seen["first"], seen["cfg_scale"]) == (9, 0.5, 3.0)
+    assert torch.equal(seen["noise"], torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)))
+    assert fastvmt.main([str(a) for a in [*args, "--window", "none"]]) == 0 and seen["config"].window is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "odd"])
+def test_reading_videos(tmp_path, kind):
+    size, path = (101, 67) if kind == "odd" else (48, 80), tmp_path / "in.mp4"
+    options = {"sound": ["-f", "lavfi", "-t", "1", "-i", "sine", "-map", "0", "-map", "1"],
+               "variable": ["-vf", "setpts=PTS+2/12/TB*gte(N\\,6)", "-fps_mode", "vfr"],
+               "odd": ["-pix_fmt", "yuv444p"]}.get(kind, [])  # fmt: skip
+    if kind == "sound":  # outputs' options follow all inputs
+        write_clip(tmp_path / "silent.mp4")
+        ffmpeg("-i", tmp_path / "silent.mp4", *options, path)
+    else:
+        write_clip(path, size=size, options=options)
+    if kind == "rotated":
+        path.rename(tmp_path / "flat.mp4")
+        ffmpeg("-display_rotation", "90", "-i", tmp_path / "flat.mp4", "-c", "copy", path)
+    video, fps = fastvmt.read_video(path, 81, (32, 64), turn=True)
+    portrait = kind in ("rotated", "odd")
+    times = [n / 12 + (n >= 6) * 2 / 12 * (kind == "variable") for n in range(14)]  # of the file's frames
+    assert fps == pytest.approx(14 / (times[-1] + 1 / 12) if kind == "variable" else 12, abs=0.1)
+    assert video.shape == (1, 3, 13, *((64, 32) if portrait else (32, 64))), video.shape
+    levels = (video + 1) * 127.5
+    if kind == "rotated":  # by 90° counter-clockwise: what was on the right is on top
+        right, left = levels[0, :, :, 10:20].mean((0, 2, 3)), levels[0, :, :, -20:-10].mean()
+    else:
+        right, left = levels[0, :, :, :, -8:].mean((0, 2, 3)), levels[0, :, :, :, :8].mean()
+    shown = [max(k for k, time in enumerate(times) if time <= n / fps + 1e-3) for n in range(13)]  # at a constant rate
+    close(right, torch.tensor([10.0 * k for k in shown]), 6)
+    assert left == pytest.approx(200, abs=6)
+
+
+def test_frames_are_covered_and_cropped_at_the_centre():
+    frame = np.zeros((60, 40, 3), np.uint8)
+    frame[20:40] = 255  # the middle third
+    fitted = fastvmt.fit_frame(frame, (32, 64))  # scaled to 96x64, rows 32 to 64 kept
+    assert fitted.shape == (3, 32, 64) and fitted[:, 2:-2].min() > 0.99
+    wide = fastvmt.fit_frame(np.ascontiguousarray(frame.transpose(1, 0, 2)), (64, 32))
+    close(wide, fitted.transpose(1, 2), 1e-5)
+
+
+def test_video_survives_writing_and_failure_leaves_nothing(tmp_path):
+    video = fastvmt.demo_video(9, (64, 96))
+    assert video.shape == (1, 3, 9, 64, 96) and video.abs().max() <= 1
+    fastvmt.write_video(tmp_path / "o.mp4", video, 24)
+    again, fps = fastvmt.read_video(tmp_path / "o.mp4", 9, (64, 96))
+    assert fps == 24 and (again - video).abs().mean() < 0.03
+    (tmp_path / "o.mp4").unlink()
+
+    class Interrupted:
+        def __getitem__(self, index):
+            return self
+
+        def unbind(self, dim):
+            yield from video[0, :, :3].unbind(dim)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastvmt.write_video(tmp_path / "o.mp4", Interrupted(), 24)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
