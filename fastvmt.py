@@ -5,8 +5,8 @@ numbers below are its. Top to bottom: settings, tiles and windows, attention mot
 step-skip optimizer, the guided sampler, video in and out, command line.
 
 Everything above the sampler is pure tensor code that needs torch and einops only: copy what you need. Shapes in
-comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame pairs, N tiles, T tokens a
-tile, M window tokens. All positions and flows are (row, column) in tokens.
+comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame pairs, N tiles (the paper's P),
+T tokens a tile, M window tokens. All positions and flows are (row, column) in tokens.
 """
 
 import argparse
@@ -40,7 +40,9 @@ class MotionConfig:
 
     block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
     tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
-    window: int | None = setting(21, "side l of the search window, in tokens; 'none' = whole frame (eq. 3, App. B.1)")
+    window: int | None = setting(
+        21, "side l of the search window in tokens; None searches the whole frame (eq. 3, App. B.1)"
+    )
     span: int = setting(5, "temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)")
     tau: float = setting(1.0, "temperature τ that multiplies the attention logits (eq. 1, App. B.1)")
     center: str = setting("soft", "window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)")
@@ -78,6 +80,11 @@ def frame_pairs(num_frames, span, device=None):
     return i, j
 
 
+def row_column(index, width):
+    """Flat token index -> position: (...) long -> (..., 2) long."""
+    return torch.stack([index // width, index % width], dim=-1)
+
+
 def tile_tokens(x, tile):
     """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are filled up with zeros."""
     _, H, W, _ = x.shape
@@ -94,10 +101,12 @@ def untile_tokens(x, tile, grid):
 
 
 def tile_queries(Q, tile):
-    """The query that represents each tile, at the tile's centre (Sec. 3.2): (F, H, W, D) -> (F, N, D)."""
-    _, H, W, _ = Q.shape
-    rows, cols = ((torch.arange(n // 2, n // 2 + n * math.ceil(length / n), n, device=Q.device)).clamp(max=length - 1)
-                  for n, length in zip(tile, (H, W)))  # fmt: skip
+    """The query that represents each tile, at its row th//2 and column tw//2, clamped to the grid (Sec. 3.2).
+
+    (F, H, W, D) -> (F, N, D).
+    """
+    rows, cols = ((torch.arange(0, length, side, device=Q.device) + side // 2).clamp(max=length - 1)
+                  for side, length in zip(tile, Q.shape[1:3]))  # fmt: skip
     return rearrange(Q[:, rows][:, :, cols], "f a b d -> f (a b) d")
 
 
@@ -110,21 +119,17 @@ def window_centers(queries, keys, *, tau=1.0, center="soft"):
     *_, W, D = keys.shape
     logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)
     if center == "argmax":
-        best = logits.argmax(-1)
-        return torch.stack([best // W, best % W], dim=-1)
+        return row_column(logits.argmax(-1), W)
     if center != "soft":
         raise ValueError(f"center must be 'soft' or 'argmax', not {center!r}")
-    attention = (logits.to(torch.promote_types(logits.dtype, torch.float32)) * (tau / D**0.5)).softmax(-1)
-    token = torch.arange(attention.shape[-1], device=keys.device)
-    positions = torch.stack([token // W, token % W], dim=-1).to(attention.dtype)  # (S, 2)
-    return (attention @ positions).round().long()
+    positions = row_column(torch.arange(logits.shape[-1], device=keys.device), W).to(logits.dtype)  # (S, 2)
+    return ((logits * (tau / D**0.5)).softmax(-1) @ positions).round().long()
 
 
 def window_origins(centers, grid, size):
     """First row and column of the windows (eq. 3), shifted, not cropped, to lie in the grid: long (P, N, 2)."""
-    last = torch.tensor([n - s for n, s in zip(grid, size)], device=centers.device)
-    half = torch.tensor([s // 2 for s in size], device=centers.device)
-    return (centers - half).clamp(min=torch.zeros_like(last), max=last)
+    grid, size = torch.tensor([grid, size], device=centers.device)
+    return (centers - size // 2).clamp(min=0).minimum(grid - size)
 
 
 def window_indices(origins, grid, size):
@@ -135,8 +140,8 @@ def window_indices(origins, grid, size):
 
 def window_means(K, origins, j, size):
     """Mean key K̄ of each pair's windows on frame j (App. B.4): (F, H, W, D), (P, N, 2), (P,) -> (P, N, D)."""
-    K = rearrange(K.to(torch.promote_types(K.dtype, torch.float32)), "f h w d -> f d h w")
-    # Every possible window's mean by two box filters; cheaper than averaging the P·N windows one by one.
+    K = rearrange(K, "f h w d -> f d h w")
+    # The mean of every possible window by two box filters: cheaper than averaging the P·N windows one by one.
     means = F.avg_pool2d(F.avg_pool2d(K, (size[0], 1), stride=1), (1, size[1]), stride=1)
     return rearrange(means, "f d h w -> f h w d")[j[:, None], origins[..., 0], origins[..., 1]]
 
@@ -146,53 +151,50 @@ def window_means(K, origins, j, size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def expected_positions(queries, key_rows, j, origins, grid, size, tau):
+def expected_positions(queries, key_rows, i, j, origins, grid, size, tau):
     """Attention-weighted mean key position of each query over its tile's window: (P, N, T, 2).
 
-    queries (P, N, T, D), key_rows (F·S, D), j (P,), origins (P, N, 2). Positions are absolute: window-relative ones
-    would lose the motion of the window itself.
+    queries (F, N, T, D), key_rows (F·S, D), pairs i and j (P,), origins (P, N, 2). Positions are absolute:
+    window-relative ones would lose the motion of the window itself.
     """
     H, W = grid
     index = window_indices(origins, grid, size)  # (P, N, M)
-    # F.embedding is a gather of rows whose backward is a fast scatter-add, unlike that of advanced indexing.
+    # F.embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
     keys = F.embedding(j[:, None, None] * (H * W) + index, key_rows)  # (P, N, M, D)
-    logits = einsum(queries, keys, "p n t d, p n m d -> p n t m")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * (tau / queries.shape[-1] ** 0.5)
-    positions = torch.stack([index // W, index % W], dim=-1).to(logits.dtype)  # (P, N, M, 2)
-    return einsum(logits.softmax(-1), positions, "p n t m, p n m c -> p n t c")
+    logits = einsum(queries[i], keys, "p n t d, p n m d -> p n t m") * (tau / queries.shape[-1] ** 0.5)
+    return einsum(logits.softmax(-1), row_column(index, W).to(logits.dtype), "p n t m, p n m c -> p n t c")
 
 
 def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D); pairs in
-    frame_pairs' order, tiles row-major. window=None, or one that covers the grid, is the full-frame AMF of DiTFlow.
-    Cost is P·S·M·D. Pairs are taken in chunks of at most max_elements gathered numbers and their work is redone in the
-    backward pass, so memory does not grow with the clip. Gradients flow to Q and K, not through the choice of window.
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
+    better; pairs in frame_pairs' order, tiles row-major. window=None, or one that covers the grid, is the full-frame
+    AMF of DiTFlow. Gradients flow to Q and K, not through the choice of window. Costs P·S·M·D. Pairs are taken in
+    chunks and redone in the backward pass, so that about max_elements gathered keys and logits exist at once.
     """
     num_frames, H, W, D = Q.shape
-    if num_frames < 2:
-        raise ValueError("motion needs at least two frames")
-    grid = (H, W)
-    num_tiles = math.ceil(H / tile[0]) * math.ceil(W / tile[1])
+    if num_frames < 2 or span < 1 or window is not None and window < 1:
+        raise ValueError("motion needs at least two frames, a span and a window of at least 1")
+    Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))  # bf16 loses sub-token accuracy
+    grid, num_tiles = (H, W), math.ceil(H / tile[0]) * math.ceil(W / tile[1])
     size = grid if window is None else (min(window, H), min(window, W))
     if size == grid:
         tile = grid  # all tiles share the one window, so that one big tile computes the same
     i, j = frame_pairs(num_frames, span, Q.device)
     queries, representatives, key_rows = tile_tokens(Q, tile), tile_queries(Q, tile), K.flatten(0, 2)
     _, N, T, _ = queries.shape
-    chunk = max(1, max_elements // (N * math.prod(size) * (D + T)))
+    chunk = max(1, max_elements // (N * math.prod(size) * (D + T) + H * W * (D + N)))
 
     targets, origins = [], []
     for ci, cj in zip(i.split(chunk), j.split(chunk)):
         with torch.no_grad():
             centers = window_centers(representatives[ci], K[cj], tau=tau, center=center)
             origins.append(window_origins(centers, grid, size))
-        targets.append(recompute(expected_positions, queries[ci], key_rows, cj, origins[-1], grid, size, tau,
+        targets.append(recompute(expected_positions, queries, key_rows, ci, cj, origins[-1], grid, size, tau,
                                  use_reentrant=False, preserve_rng_state=False))  # fmt: skip
     target = untile_tokens(torch.cat(targets), tile, grid)  # (P, H, W, 2)
-    rows, cols = (torch.arange(n, device=Q.device, dtype=target.dtype) for n in grid)
-    position = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1)
+    position = row_column(torch.arange(H * W, device=Q.device), W).view(H, W, 2)
     return target - position, window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)
 
 
@@ -201,9 +203,9 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def offset_weights(span, alpha=0.2, device=None):
-    """w_d = 1 − α(d−1)/(s_f−1) for d = 1 … s_f (eq. 6): (span,)."""
-    return 1 - alpha * torch.arange(span, device=device) / max(span - 1, 1)
+def offset_weights(offsets, span, alpha=0.2):
+    """w_d = 1 − α(d−1)/(s_f−1) for offsets d in 1 … s_f (eq. 6)."""
+    return 1 - alpha * (offsets - 1) / max(span - 1, 1)
 
 
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2):
@@ -212,8 +214,8 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2):
     No gradient flows to the reference.
     """
     i, j = frame_pairs(num_frames, span, flow_gen.device)
-    distance = (flow_gen - flow_ref.detach()).square().sum(-1).mean((1, 2))  # (P,)
-    return (offset_weights(span, alpha, flow_gen.device)[j - i - 1] * distance).mean()
+    squared = (flow_gen - flow_ref.detach()).square().sum(-1).mean((1, 2))  # (P,)
+    return (offset_weights((j - i).to(squared), span, alpha) * squared).mean()
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
@@ -227,9 +229,9 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
     pair = torch.nonzero((offset < span - 1) & (j < num_frames - 1)).squeeze(1)  # (i, j) whose (i, j+1) counts too
     following = pair + (num_frames - offset)[pair]  # of (i, j+1), by frame_pairs' order
     change = key_mean[following] - key_mean[pair]
-    size = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (pairs, N)
-    changes_of_anchor = (num_frames - 1 - i).clamp(max=span - 1) - 1  # N_i − 1
-    return (size.mean(1) / changes_of_anchor[pair]).sum() / num_frames
+    norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (pairs, N)
+    changes_of_anchor = (num_frames - 1 - i).clamp(max=span - 1) - 1  # B.4's N_i − 1
+    return (norm.mean(1) / changes_of_anchor[pair]).sum() / num_frames
 
 
 def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
@@ -247,11 +249,11 @@ def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
 def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
-    objective: x -> scalar, called ⌈steps/interval⌉ times. interval=1 is the paper's full AMF mode. lr runs linearly
-    from its first to its last value. Returns a new tensor like x.
+    objective: x -> scalar, called ⌈steps/interval⌉ times. interval=1 recomputes every step, as
+    eq. 9's full AMF mode does. lr runs linearly from its first to its last value. Returns a new tensor like x.
     """
     x = x.detach().clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([x])
+    optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
         if step % interval == 0:
@@ -294,7 +296,20 @@ def cfg_velocity(dit, x, sigma, context, negative, cfg_scale):
 
 def guided_steps(num_steps, config):
     """How many of the first denoising steps are guided."""
-    return math.ceil(config.guided_fraction * num_steps - 1e-9)
+    return math.ceil(config.guided_fraction * num_steps - 1e-9)  # 0.07·100 is 7.000000000000001
+
+
+def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
+    """Algorithm 1's Optimization: the new x, and [total, AMF, window] loss of each gradient computed."""
+    losses = []
+
+    def objective(x):
+        flow, key_mean = motion_features(dit, x, sigma, context, config, checkpoint=checkpoint)
+        loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2], config=config)
+        losses.append(torch.stack(loss).tolist())
+        return loss[0]
+
+    return optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr), losses
 
 
 def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None,
@@ -303,14 +318,19 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
 
     dit: callable (x, t, context) -> velocity, with `qk(x, t, context, block, checkpoint=...)` and `patch_size` as in
     wan_min.DiT. noise (1, C, F, h, w); sigmas (steps+1,) decreasing to 0; context, negative and null (1, L, text_dim):
-    the target, the negative and the empty prompt. reference: clean latents like noise, or None for plain generation.
-    checkpoint: see DiT.qk. callback(step, x, losses) follows each step, losses being the (total, AMF, window) of each
-    gradient computed in it. Returns clean latents, fp32. Raises FloatingPointError when the latent stops being finite.
+    the target, the negative and, needed with a reference, the empty prompt. reference: clean latents like noise, or
+    None for plain generation. cfg_scale: the authors' code; the paper names none. checkpoint: see DiT.qk.
+    callback(step, x, losses) follows each step, with guide's losses. Returns clean latents, fp32. Raises
+    FloatingPointError when the latent stops being finite.
     """
-    sigmas = sigmas.tolist()
-    noise = noise.float()
-    x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])
-    guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
+    if reference is not None and (null is None or reference.shape != noise.shape):
+        raise ValueError("a reference must have the shape of the noise and needs null, the empty prompt's embedding")
+    sigmas, x = sigmas.tolist(), noise.float()
+    guided = 0
+    if reference is not None:
+        noise, reference = noise.float(), reference.float()
+        x = match_noise(reference, noise, sigmas[0])
+        guided = guided_steps(len(sigmas) - 1, config)
     for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
         losses = []
         if step < guided:
@@ -318,14 +338,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
                 level = sigma if config.ref_noise == "match" else 0.0
                 with torch.no_grad():
                     flow_ref, _ = motion_features(dit, match_noise(reference, noise, level), level, null, config)
-
-            def objective(x, sigma=sigma, flow_ref=flow_ref, losses=losses):
-                flow, key_mean = motion_features(dit, x, sigma, context, config, checkpoint=checkpoint)
-                loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2], config=config)
-                losses.append([value.item() for value in loss])
-                return loss[0]
-
-            x = optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr)
+            x, losses = guide(dit, x, sigma, context, flow_ref, config, checkpoint=checkpoint)
         x = x + (next_sigma - sigma) * cfg_velocity(dit, x, sigma, context, negative, cfg_scale)
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"the latent is not finite after step {step + 1} of {len(sigmas) - 1}")
@@ -470,6 +483,8 @@ def build_parser(presets):
     add("--out", "mp4 to write", Path("out.mp4"), type=Path)
     add("--model", "checkpoint folder, hub repo id, 1.3B, 14B, or tiny (random weights: noise, but in seconds)",
         "Wan-AI/Wan2.1-T2V-1.3B")  # fmt: skip
+    add("--random-weights", "random weights for 1.3B, 14B or tiny, to study speed and memory: fetches nothing", False,
+        action="store_true")  # fmt: skip
     add("--size", "size of the output, HxW (Sec. 4.1: 480x832; here turned for a portrait reference)", type=parse_size)
     add("--frames", "use at most this many frames, rounded down to 4k+1 (Sec. 4.1)", 81, type=number(int, 5))
     add("--fps", "frames per second of the output; the reference's if not given", type=number(float, 1, 240))
@@ -494,7 +509,8 @@ def build_parser(presets):
         example = f.default[0] if isinstance(f.default, tuple) else f.default
         options = special.get(f.name) or {"type": number(type(example), int(isinstance(example, int)))}
         options |= {"nargs": 2} if isinstance(f.default, tuple) else {}
-        add("--" + f.name.replace("_", "-"), f.metadata["help"], f.default, group, **options)
+        text = f.metadata["help"].replace("None", "'none'")
+        add("--" + f.name.replace("_", "-"), text, f.default, group, **options)
     return parser
 
 
@@ -540,14 +556,16 @@ def run(args):
         raise UserError("the prompt is empty")
     check_output(args.out)
     video, fps = read_reference(args)
-    model = "tiny" if args.model == "tiny" else wan_min.find_model(args.model)
+    if args.random_weights and args.model not in wan_min.ARCHITECTURES:
+        raise UserError(f"--random-weights needs --model {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
+    model = args.model if args.random_weights or args.model == "tiny" else wan_min.find_model(args.model)
     config = MotionConfig(**{f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v
                              for f in dataclasses.fields(MotionConfig)})  # fmt: skip
     layers = wan_min.dit_layers(model)
     if config.block > layers:
         raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
-    if model == "tiny":
-        print("tiny model: its weights are random, so the picture is noise by design; only the machinery is real")
+    if model in wan_min.ARCHITECTURES:
+        print(f"{model} with random weights: the picture is noise by design; only the machinery is real")
     if args.no_transfer:
         config = dataclasses.replace(config, guided_fraction=0.0)
 
@@ -558,8 +576,11 @@ def run(args):
 
     device, dtype = args.device, DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
     negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
-    log("encoding the prompt")
-    contexts = wan_min.encode_prompts([args.prompt, negative, ""], model, device).split(1)
+    if args.random_weights:
+        contexts = wan_min.random_contexts(3, model, device).split(1)
+    else:
+        log("encoding the prompts")
+        contexts = wan_min.encode_prompts([args.prompt, negative, ""], model, device).split(1)
     vae = wan_min.load(wan_min.VAE, model, device)
     log(f"encoding the reference: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps")
     reference = vae.encode(video.to(device))

@@ -4,11 +4,16 @@ pip install -r requirements.txt pytest diffusers transformers && python -m pytes
 """
 
 import dataclasses
+import html
 import itertools
+import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +100,9 @@ def test_amf_equals_the_equations(case):
         flow, key_mean = fastvmt.attention_motion_flow(Q, K, **args, max_elements=max_elements)
         close(flow, torch.tensor(np.stack([slow[p][0] for p in pairs])), 1e-10)
         close(key_mean, torch.tensor(np.stack([slow[p][1] for p in pairs])), 1e-10)
-    assert fastvmt.attention_motion_flow(Q.float(), K.float(), **args)[0].dtype == torch.float32
+    Q, K = Q.bfloat16(), K.bfloat16()
+    for half, full in zip(*(fastvmt.attention_motion_flow(Q.to(t), K.to(t), **args) for t in (Q.dtype, torch.float32))):
+        assert half.dtype == torch.float32 and torch.equal(half, full)
 
 
 def test_amf_gradient_equals_that_of_the_equations():
@@ -160,8 +167,7 @@ def test_losses_equal_the_equations(num_frames, span):
         weight = 1 - 0.3 * (b - a - 1) / (span - 1) if span > 1 else 1
         for r, c in itertools.product(range(3), range(5)):
             true += weight * float(((ref[p, r, c] - gen[p, r, c]) ** 2).sum()) / (len(pairs) * 15)
-    ours = fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3)
-    assert math.isclose(ours.item(), true, rel_tol=1e-6)
+    assert math.isclose(fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3).item(), true)
 
     key_mean = randn(len(pairs), 4, 6, dtype=torch.float64)
     for squared in (False, True):
@@ -177,8 +183,8 @@ def test_losses_equal_the_equations(num_frames, span):
 
 
 def test_losses_weights_and_gradients():
-    assert fastvmt.offset_weights(5).tolist() == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
-    assert fastvmt.offset_weights(1).tolist() == [1.0]
+    assert fastvmt.offset_weights(torch.arange(1, 6), 5).tolist() == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
+    assert fastvmt.offset_weights(torch.ones(1), 1).tolist() == [1.0]
     ref, gen = (randn(9, 3, 5, 2, seed=s).requires_grad_() for s in (1, 2))
     key_mean = randn(9, 4, 6).requires_grad_()
     config = MotionConfig(span=3, lambda_amf=2.0, lambda_window=0.5)  # 5 frames, span 3: 9 pairs
@@ -424,6 +430,19 @@ def test_guided_steps():
         assert fastvmt.guided_steps(steps, MotionConfig(guided_fraction=fraction)) == guided
 
 
+def test_bad_arguments_of_the_method(clip, dit):
+    noise, reference, context, negative, null = clip
+    for kwargs in (dict(reference=reference), dict(reference=reference[:, :, :1], null=null)):
+        with pytest.raises(ValueError, match="reference"):
+            fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, **kwargs)
+    x = randn(3, 4, 5, 6)
+    for frames, kwargs in ((1, {}), (3, dict(span=0)), (3, dict(window=0)), (3, dict(center="middle"))):
+        with pytest.raises(ValueError, match="at least|center"):
+            fastvmt.attention_motion_flow(x[:frames], x[:frames], **kwargs)
+    with pytest.raises(ValueError, match="do not divide"):
+        dit(noise[..., 1:], torch.ones(1), context)
+
+
 def test_a_latent_that_is_not_finite_stops_the_run(clip):
     def broken(x, t, context):
         return x * (math.nan if t < 900 else 1)
@@ -554,6 +573,381 @@ def test_prompts_are_padded_with_zeros_after_encoding():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints in the official layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def affine(name, out, *inputs):
+    return {f"{name}.weight": (out, *inputs), f"{name}.bias": (out,)}
+
+
+def official_dit(dim, ffn, layers):
+    names = (
+        affine("patch_embedding", dim, 16, 1, 2, 2) | affine("head.head", 64, dim) | {"head.modulation": (1, 2, dim)}
+    )
+    for name, inputs in {"text_embedding.0": 4096, "text_embedding.2": dim, "time_embedding.0": 256,
+                         "time_embedding.2": dim}.items():  # fmt: skip
+        names |= affine(name, dim, inputs)
+    names |= affine("time_projection.1", 6 * dim, dim)
+    for n in range(layers):
+        block = f"blocks.{n}."
+        names |= affine(block + "ffn.0", ffn, dim) | affine(block + "ffn.2", dim, ffn) | affine(block + "norm3", dim)
+        names[block + "modulation"] = (1, 6, dim)
+        for attention in ("self_attn.", "cross_attn."):
+            for layer in "qkvo":
+                names |= affine(block + attention + layer, dim, dim)
+            names |= {f"{block}{attention}norm_{layer}.weight": (dim,) for layer in "qk"}
+    return names
+
+
+def official_vae():
+    names = affine("conv1", 32, 32, 1, 1, 1) | affine("conv2", 16, 16, 1, 1, 1)
+
+    def residual(name, cin, cout):
+        names.update({f"{name}.residual.0.gamma": (cin, 1, 1, 1), f"{name}.residual.3.gamma": (cout, 1, 1, 1)})
+        names.update(
+            affine(f"{name}.residual.2", cout, cin, 3, 3, 3) | affine(f"{name}.residual.6", cout, cout, 3, 3, 3)
+        )
+        if cin != cout:
+            names.update(affine(f"{name}.shortcut", cout, cin, 1, 1, 1))
+
+    for part, first, last, out in (("encoder", 3, 384, 32), ("decoder", 16, 96, 3)):
+        wide = 96 if part == "encoder" else 384
+        names |= affine(f"{part}.conv1", wide, first, 3, 3, 3) | affine(f"{part}.head.2", out, last, 3, 3, 3)
+        names |= {f"{part}.head.0.gamma": (last, 1, 1, 1), f"{part}.middle.1.norm.gamma": (384, 1, 1)}
+        names |= affine(f"{part}.middle.1.to_qkv", 1152, 384, 1, 1) | affine(f"{part}.middle.1.proj", 384, 384, 1, 1)
+        residual(f"{part}.middle.0", 384, 384)
+        residual(f"{part}.middle.2", 384, 384)
+    # per layer: residual block (in, out), or resampling (in, out, time convolution's out or 0)
+    down = [(96, 96), (96, 96), (96, 96, 0), (96, 192), (192, 192), (192, 192, 192), (192, 384), (384, 384),
+            (384, 384, 384), (384, 384), (384, 384)]  # fmt: skip
+    up = [(384, 384)] * 3 + [(384, 192, 768), (192, 384), (384, 384), (384, 384), (384, 192, 768), (192, 192),
+          (192, 192), (192, 192), (192, 96, 0), (96, 96), (96, 96), (96, 96)]  # fmt: skip
+    for part, layers in (("encoder.downsamples", down), ("decoder.upsamples", up)):
+        for n, (cin, cout, *time) in enumerate(layers):
+            if time:
+                names |= affine(f"{part}.{n}.resample.1", cout, cin, 3, 3)
+                names |= affine(f"{part}.{n}.time_conv", time[0], cin, 3, 1, 1) if time[0] else {}
+            else:
+                residual(f"{part}.{n}", cin, cout)
+    return names
+
+
+def official_umt5():
+    names = {"token_embedding.weight": (256384, 4096), "norm.weight": (4096,)}
+    shapes = {"norm1": (4096,), "norm2": (4096,), "ffn.gate.0": (10240, 4096), "ffn.fc1": (10240, 4096),
+              "ffn.fc2": (4096, 10240), "pos_embedding.embedding": (32, 64)}  # fmt: skip
+    shapes |= {f"attn.{layer}": (4096, 4096) for layer in "qkvo"}
+    return names | {f"blocks.{n}.{name}.weight": shape for n in range(24) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("cls, model, official", [
+    (wan_min.DiT, "1.3B", official_dit(1536, 8960, 30)), (wan_min.DiT, "14B", official_dit(5120, 13824, 40)),
+    (wan_min.VAE, "1.3B", official_vae()), (wan_min.TextEncoder, "1.3B", official_umt5()),
+], ids=["DiT-1.3B", "DiT-14B", "VAE", "UMT5"])  # fmt: skip
+def test_parameters_have_the_official_names_and_shapes(cls, model, official):
+    with torch.device("meta"):
+        module = cls(**wan_min.ARCHITECTURES[model][(wan_min.DiT, wan_min.VAE, wan_min.TextEncoder).index(cls)])
+    assert {name: tuple(p.shape) for name, p in module.state_dict().items()} == official
+
+
+def write_tokenizer(path):
+    """A small Unigram tokenizer of UMT5's kind: sentencepiece spaces, byte fallback, </s> = 1 at the end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pieces = ["<pad>", "</s>", "<unk>", *(f"<0x{n:02X}>" for n in range(256)), "▁"]
+    pieces += [
+        "▁a",
+        "▁red",
+        "▁fox",
+        "▁snow",
+        "▁runs",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "狐",
+        "狸",
+        ",",
+        ".",
+        "!",
+        "&",
+        "<",
+    ]
+    vocab = [(piece, 0.0 if n < 3 else -float(len(pieces) - n % 7)) for n, piece in enumerate(pieces)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+
+
+def write_checkpoint(folder, shards=0, config=True):
+    """A tiny checkpoint in the official layout; returns the modules that it came from."""
+    from safetensors.torch import save_file
+
+    modules = {
+        cls: perturbed(wan_min.load(cls, "tiny", seed=7)) for cls in (wan_min.DiT, wan_min.VAE, wan_min.TextEncoder)
+    }
+    weights = modules[wan_min.DiT].state_dict()
+    folder.mkdir()
+    if shards:
+        names = sorted(weights)
+        where = {name: f"diffusion_pytorch_model-{n % shards + 1:05}-of-{shards:05}.safetensors"
+                 for n, name in enumerate(names)}  # fmt: skip
+        for file in set(where.values()):
+            save_file({name: weights[name] for name in names if where[name] == file}, folder / file)
+        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    else:
+        save_file(weights, folder / wan_min.DIT_FILE)
+    if config:
+        arguments = wan_min.ARCHITECTURES["tiny"][0] | {"in_dim": 16, "out_dim": 16, "eps": 1e-6, "text_len": 512}
+        arguments = {k: v for k, v in arguments.items() if k != "text_dim"}  # as in the official file
+        (folder / "config.json").write_text(json.dumps(arguments | {"model_type": "t2v", "_class_name": "WanModel"}))
+    torch.save(modules[wan_min.VAE].state_dict(), folder / wan_min.VAE_FILE)
+    torch.save(modules[wan_min.TextEncoder].state_dict(), folder / wan_min.TEXT_FILE)
+    write_tokenizer(folder / wan_min.TOKENIZER_FILE)
+    return modules
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_a_checkpoint_gives_the_video_of_its_modules(tmp_path, monkeypatch, shards):
+    modules = write_checkpoint(tmp_path / "model", shards)
+    written = []
+    monkeypatch.setattr(fastvmt, "write_video", lambda path, video, fps: written.append(video))
+    args = ["--ref", "demo", "--prompt", "a red  fox &amp; snow", "--negative-prompt", "runs", "--block", "3",
+            "--frames", "5", "--size", "32x48", "--steps", "2", "--inner-steps", "2", "--device", "cpu",
+            "--out", tmp_path / "o.mp4", "--model", tmp_path / "model"]  # fmt: skip
+    assert fastvmt.main([str(a) for a in args]) == 0
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / wan_min.TOKENIZER_FILE))
+    contexts = []
+    for text in ("a red fox & snow", "runs", ""):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        encoded = modules[wan_min.TextEncoder](ids, torch.ones_like(ids))
+        contexts.append(F.pad(encoded, (0, 0, 0, 512 - ids.shape[1])))
+    vae, noise = modules[wan_min.VAE], torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+    latents = fastvmt.sample(modules[wan_min.DiT], noise, wan_min.flow_sigmas(2), *contexts[:2], null=contexts[2],
+                             reference=vae.encode(fastvmt.demo_video(5, (32, 48))),
+                             config=MotionConfig(block=3, inner_steps=2))  # fmt: skip
+    close(written[0], vae.decode(latents), 1e-4)
+    assert written[0].std() > 0.05
+
+
+def test_architecture_is_read_from_the_shapes_too(tmp_path):
+    write_checkpoint(tmp_path / "model", config=False)
+    arguments = {cls: entry[0] for cls, entry in wan_min.check_checkpoint(tmp_path / "model").items()}
+    tiny = wan_min.ARCHITECTURES["tiny"]
+    assert arguments[wan_min.DiT] == tiny[0] | {"in_dim": 16, "num_heads": 1}  # 96 // 128, at least 1
+    assert arguments[wan_min.VAE] == tiny[1] | {"z_dim": 16}
+    assert arguments[wan_min.TextEncoder] == tiny[2] | {"num_buckets": 32}
+
+
+def test_unusable_checkpoints_are_refused(tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    good = tmp_path / "good"
+    write_checkpoint(good)
+
+    def dit(change):
+        def spoil(folder):
+            weights = load_file(folder / wan_min.DIT_FILE)
+            change(weights)
+            save_file(weights, folder / wan_min.DIT_FILE)
+
+        return spoil
+
+    def cut(name, keep=0.7):
+        def spoil(folder):
+            data = (folder / name).read_bytes()
+            (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+        return spoil
+
+    def config(**change):
+        def spoil(folder):
+            path = folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+        return spoil
+
+    def index(folder, text='{"weight_map": {"a": "gone-1.safetensors", "b": "gone-2.safetensors"}}'):
+        (folder / wan_min.DIT_FILE).unlink()
+        (folder / (wan_min.DIT_FILE + ".index.json")).write_text(text)
+
+    def spoil_many(weights):
+        for name in ("head.head.bias", "blocks.1.modulation", "blocks.2.ffn.0.weight", "blocks.3.ffn.0.weight"):
+            del weights[name]
+
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    cases = {
+        "blocks.1.modulation is missing; blocks.2.ffn.0.weight is missing; blocks.3.ffn.0.weight is missing and 1 more":
+            dit(spoil_many),
+        "extra.weight is unknown": dit(lambda weights: weights.update({"extra.weight": torch.ones(2)})),
+        "head.head.weight is (64, 95), not (64, 96)":
+            dit(lambda weights: weights.update({"head.head.weight": torch.ones(64, 95)})),
+        "no text-to-video model": dit(lambda w: w.update({"patch_embedding.weight": torch.ones(96, 36, 1, 2, 2)})),
+        "image embeddings": dit(lambda weights: weights.update({"img_emb.proj.0.weight": torch.ones(2)})),
+        "'i2v' model": config(model_type="i2v"),
+        "no valid JSON": cut("config.json"),
+        "diffusion_pytorch_model.safetensors is damaged": cut(wan_min.DIT_FILE),
+        "Wan2.1_VAE.pth is damaged": cut(wan_min.VAE_FILE),
+        "umt5-xxl-enc-bf16.pth is damaged": cut(wan_min.TEXT_FILE, 0.0),
+        "Wan2.1_VAE.pth is damaged or": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
+        "lacks gone-1.safetensors, gone-2.safetensors": index,
+        "no index of weight files": partial(index, text="[]"),
+        "lacks google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
+        "tokenizer.json is damaged": cut(wan_min.TOKENIZER_FILE),
+    }  # fmt: skip
+    for n, (message, spoil) in enumerate(cases.items()):
+        folder = tmp_path / str(n)
+        shutil.copytree(good, folder)
+        spoil(folder)
+        code, out, err = run_main(capsys, "--ref", "demo", "--out", tmp_path / "o.mp4", *SMALL, "--size", "32x32",
+                                  "--frames", "5", "--block", "1", "--model", folder)  # fmt: skip
+        assert code == 2 and message in err and len(err.splitlines()) == 1, (message, err)
+        assert "encoding the reference" not in out
+    assert not (tmp_path / "touched").exists() and not (tmp_path / "o.mp4").exists()
+
+
+def test_weights_from_the_hub(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    write_checkpoint(tmp_path / "model")
+    fetched = []
+
+    def snapshot(repo, allow_patterns):
+        fetched.append((repo, allow_patterns))
+        return str(tmp_path / "model")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / "model" / name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert wan_min.find_model("14B") == tmp_path / "model" == wan_min.find_model("some/repo")
+    assert [repo for repo, _ in fetched] == ["Wan-AI/Wan2.1-T2V-14B", "some/repo"]
+    official = ["config.json", "diffusion_pytorch_model-00001-of-00006.safetensors", "Wan2.1_VAE.pth",
+                "diffusion_pytorch_model.safetensors.index.json", "models_t5_umt5-xxl-enc-bf16.pth",
+                "google/umt5-xxl/tokenizer.json", "assets/logo.png", "README.md"]  # fmt: skip
+    assert list(huggingface_hub.utils.filter_repo_objects(official, allow_patterns=fetched[0][1])) == official[:-2]
+    assert fastvmt.build_parser({}).get_default("model") == "Wan-AI/Wan2.1-T2V-1.3B"
+
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "i2v"}')
+    with pytest.raises(wan_min.ModelError, match="i2v"):
+        wan_min.find_model("some/repo")
+    assert len(fetched) == 2  # refused before the download
+
+
+def test_hub_cache_is_used_offline_and_its_absence_is_one_line(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, HERE / "fastvmt.py", "--ref", "demo", "--out", tmp_path / "o.mp4", "--frames", "5",
+               "--size", "32x48", *SMALL, "--block", "1", "--model"]  # fmt: skip
+    done = subprocess.run([*command, "14B"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(way in done.stderr for way in ("Wan-AI/Wan2.1-T2V-14B", "go online", "--local-dir", "HF_HOME"))
+    repo = tmp_path / "hub" / "hub" / "models--Wan-AI--Wan2.1-T2V-14B"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    (repo / "snapshots").mkdir()
+    write_checkpoint(repo / "snapshots" / ("0" * 40), shards=2)
+    done = subprocess.run([*command, "14B"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and (tmp_path / "o.mp4").exists(), done.stderr
+
+
+def test_random_weights(tmp_path, capsys):
+    args = [
+        "--ref",
+        "demo",
+        "--out",
+        tmp_path / "o.mp4",
+        *SMALL,
+        "--random-weights",
+        "--frames",
+        "5",
+        "--size",
+        "32x48",
+    ]
+    code, out, _ = run_main(capsys, *args)
+    assert code == 0 and "encoding the prompts" not in out and (tmp_path / "o.mp4").exists()
+    code, _, err = run_main(capsys, *args, "--model", "some/repo")
+    assert code == 2 and "1.3B, 14B, tiny" in err
+    large = wan_min.random_model(wan_min.DiT, TINY, dtype=torch.bfloat16)
+    kept = {name for name, p in large.named_parameters() if p.dtype == torch.float32}
+    assert all(p.dtype == torch.bfloat16 for name, p in large.named_parameters() if name not in kept)
+    assert {"time_embedding.0.weight", "time_projection.1.bias", "blocks.0.modulation", "blocks.1.norm3.weight",
+            "blocks.1.self_attn.norm_q.weight", "head.head.weight", "head.modulation"} <= kept  # fmt: skip
+    assert not any(name.endswith(("attn.q.weight", "ffn.0.weight", "patch_embedding.weight")) for name in kept)
+
+
+def test_loaded_dtypes(tmp_path):
+    modules = write_checkpoint(tmp_path / "model")
+    dit = wan_min.load(wan_min.DiT, tmp_path / "model", dtype=torch.bfloat16)
+    assert dit.blocks[0].self_attn.q.weight.dtype == torch.bfloat16 and dit.head.head.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in dit.parameters())
+    x, t, context = randn(1, 16, 2, 4, 6), torch.tensor([500.0]), randn(1, 5, 64)
+    true = modules[wan_min.DiT](x, t, context)
+    ours = dit(x, t, context)
+    assert ours.dtype == torch.float32 and (ours - true).norm() < 0.02 * true.norm()
+    save = {name: p.bfloat16() for name, p in modules[wan_min.TextEncoder].state_dict().items()}
+    torch.save(save, tmp_path / "model" / wan_min.TEXT_FILE)
+    assert wan_min.load(wan_min.TextEncoder, tmp_path / "model").norm.weight.dtype == torch.bfloat16
+    assert wan_min.encode_prompts(["a red fox", ""], tmp_path / "model").dtype == torch.float32
+
+
+PROMPTS = ["", "a red fox", "  a \n red\tfox ", "&lt;a&gt; &amp;amp; fox", "红狐狸在雪中奔跑，狐狸。", "🦊 runs 🏔️",
+           "?!...,,", "fox " * 2000]  # fmt: skip
+
+
+def test_tokens_equal_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity not checked")
+    from tokenizers import Tokenizer
+
+    write_tokenizer(tmp_path / "tokenizer.json")
+    ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    true = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>")
+    for prompt in PROMPTS:
+        clean = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+        ids = wan_min.tokenize(prompt, ours)
+        assert ids == true(clean, truncation=True, max_length=512).input_ids and ids[-1] == 1
+    assert len(ids) == 512
+    assert wan_min.tokenize("&lt;a&gt; &amp;amp; fox", ours) == wan_min.tokenize("<a> & fox", ours)
+
+
+def test_prompts_of_all_kinds_are_encoded(tmp_path):
+    write_checkpoint(tmp_path / "model")
+    for model in ("tiny", tmp_path / "model"):
+        contexts = wan_min.encode_prompts(PROMPTS, model)
+        assert contexts.shape == (len(PROMPTS), 512, 64) and contexts.isfinite().all()
+        lengths = (contexts.abs().sum(-1) > 0).sum(1)
+        assert lengths[0] == 1 and lengths[-1] == 512 and lengths[1] == 4
+        close(contexts[1], contexts[2], 1e-5)
+
+
+def test_bf16_is_as_close_to_fp32_as_that_of_diffusers(diffusers):
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers as convert
+
+    sizes = dict(dim=256, ffn_dim=512, num_heads=2, num_layers=6, text_dim=64, freq_dim=64)
+    x, t, context = randn(1, 16, 3, 12, 16), torch.tensor([600.0]), randn(1, 16, 64)
+    full = wan_min.random_model(wan_min.DiT, sizes)
+    velocity, (q, k) = full(x, t, context), full.qk(x, t, context, 4)
+    theirs = diffusers.WanTransformer3DModel(num_attention_heads=2, attention_head_dim=128, text_dim=64, freq_dim=64,
+                                             ffn_dim=512, num_layers=6, cross_attn_norm=True)  # fmt: skip
+    theirs.load_state_dict(convert({k: v.clone() for k, v in full.state_dict().items()}))
+    half = wan_min.cast(wan_min.random_model(wan_min.DiT, sizes), torch.bfloat16)
+    kept = theirs._keep_in_fp32_modules
+    for name, p in theirs.named_parameters():  # as diffusers' from_pretrained(torch_dtype=bfloat16) does
+        p.data = p.data.to(torch.float32 if any(part in name for part in kept) else torch.bfloat16)
+    errors = {"ours": (half(x, t, context) - velocity).norm() / velocity.norm()}
+    with torch.no_grad():
+        out = theirs(x.bfloat16(), t, context.bfloat16(), return_dict=False)[0].float()
+    errors["diffusers"] = (out - velocity).norm() / velocity.norm()
+    assert errors["ours"] < errors["diffusers"] and errors["ours"] < 0.02, errors
+    for part, true in zip(half.qk(x, t, context, 4), (q, k)):
+        assert (part.float() - true).norm() / true.norm() < 0.02
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -649,7 +1043,7 @@ def test_help_shows_every_setting_with_default_and_source(capsys):
         fastvmt.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for f in dataclasses.fields(MotionConfig):
-        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"] in text
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"].replace("None", "'none'") in text
         assert any(mark in f.metadata["help"] for mark in ("eq.", "Sec.", "App.", "Alg."))
     for default in ("15)", "21)", "(3, 4)", "(0.003, 0.002)", "5.8)", "7.0)", "50)", "81)"):
         assert f"(default: {default}" in text

@@ -56,8 +56,8 @@ def rope_table(grid, head_dim, device=None):
     side = 2 * (head_dim // 6)
     tables = []
     for axis, (length, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
-        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles = torch.arange(length, dtype=torch.float64)[:, None] * freqs  # (length, dim/2)
+        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * freqs  # (length, dim/2)
         table = torch.stack([angles.cos(), angles.sin()]).to(device, torch.float32)
         pattern = ("two f c -> two f 1 1 c", "two h c -> two 1 h 1 c", "two w c -> two 1 1 w c")[axis]
         tables.append(rearrange(table, pattern).expand(2, *grid, -1))
@@ -150,7 +150,10 @@ class Head(nn.Module):
 
 
 class DiT(nn.Module):
-    """Wan 2.1 diffusion transformer; arguments named as in the checkpoint's config.json, defaults the 1.3B's."""
+    """Wan 2.1 diffusion transformer; arguments named as in the checkpoint's config.json, defaults the 1.3B's.
+
+    Use `cast`, not `.to(dtype)`, for bf16: norms, modulation, time embedding and head must stay fp32.
+    """
 
     def __init__(self, dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, text_dim=4096,
                  freq_dim=256, patch_size=(1, 2, 2), eps=1e-6):  # fmt: skip
@@ -165,6 +168,8 @@ class DiT(nn.Module):
 
     def embed(self, x, t, context):
         """Everything before the blocks: tokens (B, S, dim), time (B, dim), and the blocks' three shared arguments."""
+        if any(length % patch for length, patch in zip(x.shape[2:], self.patch_size)):
+            raise ValueError(f"patches {self.patch_size} do not divide latents {tuple(x.shape[2:])}")
         dtype = self.patch_embedding.weight.dtype
         patches = self.patch_embedding(x.to(dtype))  # (B, dim, F, H, W)
         rope = rope_table(patches.shape[2:], patches.shape[1] // self.num_heads, x.device)
@@ -185,7 +190,8 @@ class DiT(nn.Module):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
 
         The context is attended to as it is: pad it with zeros to the length the weights were trained with (512).
-        `checkpoint` recomputes each block in the backward pass instead of storing its activations.
+        Raises ValueError when the patches do not divide x. `checkpoint` recomputes each block in the backward pass
+        instead of storing its activations.
         """
         tokens, time, shared = self.embed(x, t, context)
         patches = self.head(self.run(self.blocks, tokens, shared, checkpoint), time)
@@ -671,10 +677,14 @@ def check_checkpoint(folder):
         if cls is not VAE:
             arguments["num_layers"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
         if cls is DiT:
-            arguments["num_heads"] = arguments.get("dim", 1536) // 128  # every official Wan 2.1 has heads of 128
+            arguments["num_heads"] = max(
+                1, arguments.get("dim", 1536) // 128
+            )  # every official Wan 2.1 has heads of 128
             arguments |= {k: v for k, v in config.items() if k in inspect.signature(DiT).parameters}
-            if arguments.get("in_dim", 16) != 16 or any("img" in name for name in shapes):
-                raise ModelError(f"{folder} is no text-to-video model (in_dim {arguments.get('in_dim')}, image keys)")
+            arguments.setdefault("in_dim", 16)
+            in_dims = {16, arguments["in_dim"], shapes.get("patch_embedding.weight", (0, 16))[1]}
+            if len(in_dims) > 1 or any("img" in name for name in shapes):
+                raise ModelError(f"{folder} is no text-to-video model (in_dim {max(in_dims)}, or image embeddings)")
         with torch.device("meta"):
             wanted = {name: tuple(p.shape) for name, p in cls(**arguments).state_dict().items()}
         wrong = [f"{name} is missing" for name in wanted if name not in shapes]
@@ -733,16 +743,21 @@ def hash_tokenize(prompt, vocab):
 @torch.no_grad()
 def encode_prompts(prompts, model, device="cpu"):
     """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
-    encoder = load(TextEncoder, model, device)
     if model in ARCHITECTURES:
+        encoder = load(TextEncoder, model, device)
         rows = [hash_tokenize(p, encoder.token_embedding.num_embeddings) for p in prompts]
     else:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(Path(model) / TOKENIZER_FILE))
+        path = Path(model) / TOKENIZER_FILE
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ModelError(f"{path} is damaged ({error}); delete it and fetch it again") from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
         rows = [tokenize(p, tokenizer) for p in prompts]
+        encoder = load(TextEncoder, model, device)
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -750,3 +765,9 @@ def encode_prompts(prompts, model, device="cpu"):
         mask[i, : len(row)] = 1
     context = encoder(ids, mask).float() * mask[..., None]
     return F.pad(context, (0, 0, 0, TEXT_LENGTH - ids.shape[1]))
+
+
+def random_contexts(count, model, device="cpu", seed=0):
+    """Stand-ins for `count` encoded prompts of a random model, at unit scale: (count, 512, text_dim) fp32."""
+    dim = ARCHITECTURES[model][0].get("text_dim", 4096)
+    return torch.randn(count, TEXT_LENGTH, dim, generator=torch.Generator().manual_seed(seed)).to(device)
