@@ -11,13 +11,17 @@ T tokens a tile, M window tokens. All positions and flows are (row, column) in t
 
 import argparse
 import dataclasses
+import logging
 import math
+import os
+import re
+import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -161,11 +165,12 @@ def expected_positions(queries, key_rows, i, j, origins, grid, size, tau):
     index = window_indices(origins, grid, size)  # (P, N, M)
     # F.embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
     keys = F.embedding(j[:, None, None] * (H * W) + index, key_rows)  # (P, N, M, D)
-    logits = einsum(queries[i], keys, "p n t d, p n m d -> p n t m") * (tau / queries.shape[-1] ** 0.5)
-    return einsum(logits.softmax(-1), row_column(index, W).to(logits.dtype), "p n t m, p n m c -> p n t c")
+    # Window by tile, not tile by window: the gradient of the keys then comes out in their own memory order.
+    logits = einsum(keys, queries[i], "p n m d, p n t d -> p n m t") * (tau / queries.shape[-1] ** 0.5)
+    return einsum(logits.softmax(-2), row_column(index, W).to(logits.dtype), "p n m t, p n m c -> p n t c")
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**24):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
     Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
@@ -352,12 +357,15 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
+
+
 class UserError(ValueError):
     """Something that the user can mend; the message is one line."""
 
 
 def fit_frame(frame, size):
-    """Cover and centre-crop: uint8 (h, w, 3) -> fp32 (3, H, W) in [-1, 1]."""
+    """Cover and centre-crop: uint8 array (h, w, 3) -> fp32 (3, H, W) in [-1, 1]."""
     x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
     scale = max(new / old for new, old in zip(size, x.shape[2:]))
     cover = [max(new, round(old * scale)) for new, old in zip(size, x.shape[2:])]
@@ -371,23 +379,27 @@ def read_video(path, num_frames, size, turn=False):
 
     turn: swap the sides of `size` for a portrait video. Raises UserError when the file cannot be read or is too short.
     """
-    import imageio.v2 as imageio
+    from imageio_ffmpeg import read_frames
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it never raises
         raise UserError(f"reference {path} does not exist or is no file")
-    frames = []
+    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every rotated video
+    file = os.path.abspath(path)  # which ffmpeg cannot take for a URL or an option
     try:
-        with imageio.get_reader(path, "ffmpeg") as probe:
-            fps = probe.get_meta_data()["fps"]
-        with imageio.get_reader(path, "ffmpeg", fps=fps) as reader:  # a fixed rate, also where the file's varies
-            for frame in reader:
-                if not frames and turn and frame.shape[0] > frame.shape[1]:
-                    size = size[::-1]
-                frames.append(fit_frame(frame, size))
-                if len(frames) == num_frames:
-                    break
-    except Exception as error:  # ffmpeg's complaints come as many types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        probe = read_frames(file)
+        fps = next(probe)["fps"] or 25.0  # 0 where the file names none
+        probe.close()
+        # A constant rate, also where the file's varies, and square pixels.
+        filters = f"setpts=PTS-STARTPTS,fps={fps},scale=iw*sar:ih:flags={SCALER},setsar=1"
+        reader = read_frames(file, output_params=["-frames:v", str(num_frames), "-vf", filters])
+        width, height = next(reader)["size"]
+        size = size[::-1] if turn and height > width else size
+        frames = [fit_frame(np.frombuffer(bytearray(frame), np.uint8).reshape(height, width, 3), size)
+                  for frame in reader]  # fmt: skip
+    except Exception as error:  # ffmpeg's complaints come as many types, and as whole logs
+        reason = (re.findall(r"^\[.+?\] (.+)", str(error), re.M) or str(error).splitlines() or [type(error).__name__])[
+            -1
+        ]
         raise UserError(f"reference {path} cannot be read as a video ({reason})") from None
     if len(frames) < 5:
         raise UserError(f"reference {path} has {len(frames)} frames; at least 5 are needed")
@@ -408,23 +420,29 @@ def demo_video(num_frames, size):
     return video.transpose(0, 1)[None]
 
 
+def partial_path(path):
+    return path.absolute().with_name(f".{path.stem}.partial.mp4")
+
+
 def write_video(path, video, fps):
     """Write (1, 3, T, H, W) in [-1, 1] as H.264 yuv420p mp4, under a temporary name until it is whole."""
-    import imageio.v2 as imageio
+    from imageio_ffmpeg import get_ffmpeg_exe
 
     path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    writer = imageio.get_writer(partial, "ffmpeg", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
-                                macro_block_size=2, output_params=["-crf", "17"])  # fmt: skip
+    pixels = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)  # (T, H, W, 3)
+    _, height, width, _ = pixels.shape
+    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+    color = f"-vf scale=out_color_matrix=bt709:out_range=tv:flags={SCALER} -colorspace bt709 -color_range tv".split()
     try:
-        for frame in video[0].unbind(1):
-            frame = ((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            writer.append_data(frame.permute(1, 2, 0).cpu().numpy())
-        writer.close()
-        partial.replace(path)
+        # Not through imageio's writer, which takes a failed encode for a success.
+        done = subprocess.run([get_ffmpeg_exe(), "-y", "-v", "error", *source, *color, "-c:v", "libx264", "-crf", "17",
+                               "-pix_fmt", "yuv420p", str(partial_path(path))],
+                              input=pixels.cpu().numpy().tobytes(), stderr=subprocess.PIPE)  # fmt: skip
+        if done.returncode:
+            raise UserError(f"ffmpeg could not write {path} ({done.stderr.decode(errors='replace').strip()[-200:]})")
+        partial_path(path).replace(path)
     finally:
-        writer.close()  # a `with` would leave ffmpeg running after an error
-        partial.unlink(missing_ok=True)
+        partial_path(path).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,15 +544,15 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def check_output(path):
-    """UserError unless a file can be written at path."""
-    if path.suffix != ".mp4" or path.is_dir():
-        raise UserError(f"output {path} must be a file name that ends in .mp4")
+def check_output(path, ref):
+    """UserError unless an mp4 can be written at path without harm to the reference."""
+    if path.suffix != ".mp4" or os.path.isdir(path) or os.path.realpath(path) == os.path.realpath(ref):
+        raise UserError(f"output {path} must be a file name that ends in .mp4, and not the reference")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        partial_path(path).touch()
+        partial_path(path).unlink()
     except OSError as error:
-        raise UserError(f"output folder {path.parent} cannot be written to ({error.strerror})") from None
+        raise UserError(f"output {path} cannot be written ({error.strerror})") from None
 
 
 def read_reference(args):
@@ -554,7 +572,7 @@ def run(args):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     if not args.prompt.strip():
         raise UserError("the prompt is empty")
-    check_output(args.out)
+    check_output(args.out, args.ref)
     video, fps = read_reference(args)
     if args.random_weights and args.model not in wan_min.ARCHITECTURES:
         raise UserError(f"--random-weights needs --model {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
@@ -600,7 +618,7 @@ def main(argv=None):
     try:
         run(parse_arguments(argv))
     except (UserError, wan_min.ModelError) as error:
-        print(f"fastvmt: {error}", file=sys.stderr)
+        print("fastvmt:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
