@@ -11,14 +11,19 @@ T tokens a tile, M window tokens. All positions and flows are (row, column) in t
 
 import argparse
 import dataclasses
+import json
 import logging
 import math
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -421,10 +426,10 @@ def demo_video(num_frames, size):
 
 
 def partial_path(path):
-    return path.absolute().with_name(f".{path.stem}.partial.mp4")
+    return path.absolute().with_name(f".{path.stem}.partly-written.mp4")
 
 
-def write_video(path, video, fps):
+def write_video(path, video, fps, comment=""):
     """Write (1, 3, T, H, W) in [-1, 1] as H.264 yuv420p mp4, under a temporary name until it is whole."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
@@ -436,13 +441,182 @@ def write_video(path, video, fps):
     try:
         # Not through imageio's writer, which takes a failed encode for a success.
         done = subprocess.run([get_ffmpeg_exe(), "-y", "-v", "error", *source, *color, "-c:v", "libx264", "-crf", "17",
-                               "-pix_fmt", "yuv420p", str(partial_path(path))],
+                               "-pix_fmt", "yuv420p", "-metadata", f"comment={comment}", str(partial_path(path))],
                               input=pixels.cpu().numpy().tobytes(), stderr=subprocess.PIPE)  # fmt: skip
         if done.returncode:
             raise UserError(f"ffmpeg could not write {path} ({done.stderr.decode(errors='replace').strip()[-200:]})")
         partial_path(path).replace(path)
     finally:
         partial_path(path).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Seeing and measuring the motion of a result
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def low_noise_flow(dit, latents, noise, null, config, sigma=0.1):
+    """AMF (P, H, W, 2) of clean latents, read with the empty prompt at a low noise level."""
+    with torch.no_grad():
+        return motion_features(dit, match_noise(latents, noise, sigma), sigma, null, config)[0]
+
+
+def flow_agreement(flow_ref, flow_gen, moving=0.5):
+    """Cosine similarity and end-point error in tokens of two flows (P, H, W, 2), where the reference moves.
+
+    A token moves whose reference flow is longer than `moving` tokens; (nan, nan) where none does.
+    """
+    ref, gen = (flow[flow_ref.norm(dim=-1) > moving] for flow in (flow_ref, flow_gen))
+    return F.cosine_similarity(ref, gen, dim=-1).mean().item(), (ref - gen).norm(dim=-1).mean().item()
+
+
+def flow_color(flow, scale):
+    """Colour wheel: flow (..., 2) -> RGB (..., 3) in [0, 1] of its direction, and its strength (..., 1) in [0, 1].
+
+    Right is red, down yellow-green, left cyan, up violet; the strength is the length over `scale`, at most 1.
+    """
+    hue = torch.atan2(flow[..., 0], flow[..., 1]) / (2 * math.pi)
+    thirds = torch.tensor([0.0, 1 / 3, 2 / 3], device=flow.device)
+    distance = ((hue[..., None] - thirds + 0.5) % 1 - 0.5).abs()  # from the hues of red, green and blue
+    return (2 - 6 * distance).clamp(0, 1), (flow.norm(dim=-1, keepdim=True) / scale).clamp(max=1)
+
+
+def compare_video(videos, flows):
+    """Clips side by side, and under each its own AMF as colours over the dimmed frames, to one common scale.
+
+    videos: list of (1, 3, T, h, w) in [-1, 1]; flows: list of their (P, H, W, 2), of which the first, to the next
+    latent frame, are shown. The wheel in the corner is the legend. Returns (1, 3, T, 2h, n·w).
+    """
+    _, _, T, h, w = videos[0].shape
+    last = (T - 1) // 4 - 1  # of the flows from one latent frame to the next
+    scale = max(torch.cat([flow[: last + 1].flatten(0, 2) for flow in flows]).norm(dim=-1).quantile(0.99).item(), 0.5)
+    shown = torch.tensor([min((t + 3) // 4, last) for t in range(T)])  # latent frame t ends at video frame 4t
+    axis = torch.linspace(-1.2, 1.2, min(h, w) // 4)
+    color, strength = flow_color(torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1), 1)
+    disc = (axis[:, None] ** 2 + axis**2 <= 1)[..., None]
+    wheel = torch.where(disc, color * strength + 1 - strength, 0).permute(2, 0, 1) * 2 - 1
+    columns = []
+    for video, flow in zip(videos, flows):
+        color, strength = (F.interpolate(x.cpu().permute(0, 3, 1, 2), (h, w), mode="nearest")[shown].transpose(0, 1)
+                           for x in flow_color(flow[: last + 1], scale))  # fmt: skip
+        gray = video[0].float().cpu().mean(0, keepdim=True) * 0.3 - 0.5
+        below = gray + strength * (color * 2 - 1 - gray)
+        below[:, :, : len(axis), -len(axis) :] = wheel[:, None]
+        columns.append(torch.cat([video[0].float().cpu(), below], dim=2))
+    return torch.cat(columns, dim=3)[None]
+
+
+def peak_memory(device, reset=False):
+    """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
+    if str(device).startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    except OSError:
+        return 0
+
+
+class Meter:
+    """A DiT that tells what it did since `reset`: seconds in velocities, block forwards and backwards."""
+
+    def __init__(self, dit, device):
+        self.dit, self.device, self.patch_size, self.qk = dit, device, dit.patch_size, dit.qk
+        for block in dit.blocks:
+            block.register_forward_hook(self.count)
+        self.reset()
+
+    def reset(self):
+        self.denoising, self.forwards, self.backwards = 0.0, 0, 0
+
+    def count(self, block, args, out):
+        if isinstance(out, torch.Tensor):  # not the Q and K of a block that ends there
+            self.forwards += 1
+            if out.requires_grad:
+                out.register_hook(lambda gradient: setattr(self, "backwards", self.backwards + 1))
+
+    def seconds(self):
+        if str(self.device).startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, x, t, context):
+        start = self.seconds()
+        velocity = self.dit(x, t, context)
+        self.denoising += self.seconds() - start
+        return velocity
+
+
+ABLATIONS = {
+    "full method": {},
+    "w/o sliding window": {"window": None},
+    "w/o window loss": {"lambda_window": 0.0},
+    "w/o step-skip": {"interval": 1},
+    "w/o window and step-skip": {"window": None, "interval": 1},
+    "clean reference": {"ref_noise": "clean"},
+    "no transfer": {"guided_fraction": 0.0},
+}
+
+
+def ablate(dit, noise, sigmas, contexts, reference, config, device, rounds=2, **options):
+    """Table 1 of the paper on this machine: markdown lines of every ablation on the same reference, prompt and seed.
+
+    After a warm-up the rows are run in turn, `rounds` times; each row's times are those of its fastest round.
+    """
+    meter, rows = Meter(dit, device), {name: [] for name in ABLATIONS}
+    context, negative, null = contexts
+
+    def timed(sigmas, config):
+        gradients = []
+        meter.reset()
+        peak_memory(device, reset=True)
+        start = meter.seconds()
+        latents = sample(meter, noise, sigmas, context, negative, reference=reference, null=null, config=config,
+                         callback=lambda step, x, losses: gradients.append(len(losses)), **options)  # fmt: skip
+        total = meter.seconds() - start
+        counts = sum(gradients), meter.forwards, meter.backwards, peak_memory(device) / 2**30
+        return (total, total - meter.denoising, meter.denoising), counts, latents
+
+    timed(sigmas[-2:], dataclasses.replace(config, guided_fraction=1.0, inner_steps=1))
+    for _ in range(rounds):
+        for name, change in ABLATIONS.items():
+            rows[name].append(timed(sigmas, dataclasses.replace(config, **change)))
+    yield "| | total s | guidance s | denoising s | guidance ratio | gradients | block forwards | block backwards | " \
+          "peak GiB | L_AMF | flow cosine |"  # fmt: skip
+    yield "|---" + "|--:" * 10 + "|"
+    flow_ref, full = low_noise_flow(dit, reference, noise, null, config), None
+    for name, runs in rows.items():
+        (total, guidance, denoising), counts, latents = min(runs, key=lambda run: run[0])
+        flow, full = low_noise_flow(dit, latents, noise, null, config), full or guidance
+        loss = amf_loss(flow_ref, flow, num_frames=noise.shape[2], span=config.span, alpha=config.alpha)
+        numbers = "{} | {} | {} | {:.2f}".format(*counts)
+        yield (f"| {name} | {total:.1f} | {guidance:.1f} | {denoising:.1f} | {guidance / full:.2f} | {numbers} | "
+               f"{loss:.4f} | {flow_agreement(flow_ref, flow)[0]:.3f} |")  # fmt: skip
+
+    # Where the guidance's time goes: the method's own part, on Q and K as leaves, and the reference pass.
+    t, grid = torch.full((1,), 500.0, device=noise.device), [n // p for n, p in zip(noise.shape[2:], dit.patch_size)]
+    times = {"velocity": [], "features": [], "method": []}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            start = meter.seconds()
+            dit(noise, t, context)
+            velocity = meter.seconds()
+            Q, K = (head_average(x[0], grid) for x in dit.qk(noise, t, null, config.block))
+            features = meter.seconds()
+            optimize_latent(torch.stack([Q, K]), lambda x: motion_losses(flow_ref, *attention_motion_flow(
+                x[0], x[1], span=config.span, tile=config.tile, window=config.window, tau=config.tau,
+                center=config.center), num_frames=grid[0], config=config)[0], steps=1)  # fmt: skip
+            for name, value in zip(times, (velocity - start, features - velocity, meter.seconds() - features)):
+                times[name].append(value)
+    velocity, features, method = (min(values) for values in times.values())
+    gradients = rows["full method"][0][1][0]
+    percent = 100 * gradients * method / full
+    yield f"\nAMF, losses and optimizer: {method:.2f} s a gradient, {percent:.1f} % of the full method's guidance."
+    share = (config.block - 1) / len(dit.blocks)
+    yield f"Reference pass: {features / velocity:.3f} of a velocity; (block - 1) / layers is {share:.3f}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +628,10 @@ NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-PRESETS = {"tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3}}  # a model's own defaults
+PRESETS = {  # a model's own defaults, where they are not the paper's
+    "tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3},
+    "small": {"canvas": (320, 480), "frames": 17, "block": 8},
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -494,24 +671,30 @@ def build_parser(presets):
     def add(flag, text, default=None, group=parser, **options):
         shown = presets.get(flag[2:].replace("-", "_"), default)
         text = text if shown is None or shown is False else text + " (default: %(default)s)"
-        group.add_argument(flag, help=text, default=shown, **options)
+        group.add_argument(flag, help=text, default=shown, **({"action": "store_true"} if shown is False else options))
 
-    add("--ref", "reference video: any file that ffmpeg reads, or 'demo' for a made-up clip", required=True)
-    add("--prompt", "what the new video shows", required=True)
+    add("--ref", "reference video: any file that ffmpeg reads, or 'demo' for a made-up clip")
+    add("--prompt", "what the new video shows")
     add("--out", "mp4 to write", Path("out.mp4"), type=Path)
+    add("--compare", "also write this mp4: reference and result side by side, the motion of each below", type=Path)
     add("--model", "checkpoint folder, hub repo id, 1.3B, 14B, or tiny (random weights: noise, but in seconds)",
         "Wan-AI/Wan2.1-T2V-1.3B")  # fmt: skip
-    add("--random-weights", "random weights for 1.3B, 14B or tiny, to study speed and memory: fetches nothing", False,
-        action="store_true")  # fmt: skip
+    add("--random-weights", "random weights for 1.3B, 14B, small or tiny, to study speed and memory", False)
     add("--size", "size of the output, HxW (Sec. 4.1: 480x832; here turned for a portrait reference)", type=parse_size)
     add("--frames", "use at most this many frames, rounded down to 4k+1 (Sec. 4.1)", 81, type=number(int, 5))
     add("--fps", "frames per second of the output; the reference's if not given", type=number(float, 1, 240))
-    add("--seed", "seed of the initial noise, the same on every device", 0, type=number(int, 0, 2**63))
-    add("--no-transfer", "generate plainly from the same noise", False, action="store_true")
+    add("--seed", "seed of the initial noise, the same on every device", 0, type=number(int, 0, 2**63 - 1))
+    add("--no-transfer", "generate plainly from the same noise", False)
+    add("--ablate", "no video, but a table of speed and motion with each part of the method left out", False)
+    add("--decode", "instead of sampling, decode the latents that an interrupted run left behind", type=Path)
     add("--negative-prompt", "what to steer away from; Wan's own if not given", type=str)
-    add("--device", "torch device", default_device())
-    add("--dtype", "dtype of the DiT's matmuls; bf16 on a GPU and fp32 on CPU if not given", choices=list(DTYPES))
-    add("--checkpoint", "recompute DiT blocks in the backward pass: less memory", False, action="store_true")
+    group = parser.add_argument_group("machine")
+    add("--device", "torch device", default_device(), group)
+    add("--dtype", "of the DiT's matmuls; bf16 on a GPU and fp32 on CPU if not given", None, group, choices=DTYPES)
+    add("--checkpoint", "recompute DiT blocks in the backward pass to save memory; auto: when their activations would "
+        "take over 80 %% of the memory that is free", "auto", group, choices=["auto", "on", "off"])  # fmt: skip
+    add("--offload", "keep the weights of blocks in host memory and stream them to the device", False, group)
+    add("--compile", "compile the DiT's blocks with torch.compile", False, group)
     group = parser.add_argument_group("sampler")
     add("--steps", "denoising steps (Sec. 4.1)", 50, group, type=number(int, 1))
     add("--shift", "timestep shift (authors' code; the paper names none)", 7.0, group, type=number(float, 1e-3))
@@ -521,8 +704,7 @@ def build_parser(presets):
         1.0, group, type=number(float, 1e-3, 1))  # fmt: skip
     group = parser.add_argument_group("method")
     special = {"window": {"type": parse_window}, "guided_fraction": {"type": number(float, 0, 1)},
-               "center": {"choices": ["soft", "argmax"]}, "ref_noise": {"choices": ["match", "clean"]},
-               "squared": {"action": "store_true"}}  # fmt: skip
+               "center": {"choices": ["soft", "argmax"]}, "ref_noise": {"choices": ["match", "clean"]}}  # fmt: skip
     for f in dataclasses.fields(MotionConfig):
         example = f.default[0] if isinstance(f.default, tuple) else f.default
         options = special.get(f.name) or {"type": number(type(example), int(isinstance(example, int)))}
@@ -544,9 +726,19 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def free_memory(device):
+    """Bytes that are free on the device; of a CPU, half of what it has."""
+    if str(device).startswith("cuda"):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if str(device).startswith("mps"):
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def check_output(path, ref):
     """UserError unless an mp4 can be written at path without harm to the reference."""
-    if path.suffix != ".mp4" or os.path.isdir(path) or os.path.realpath(path) == os.path.realpath(ref):
+    if path.suffix != ".mp4" or os.path.isdir(path) or ref and os.path.realpath(path) == os.path.realpath(ref):
         raise UserError(f"output {path} must be a file name that ends in .mp4, and not the reference")
     try:
         partial_path(path).touch()
@@ -567,16 +759,89 @@ def read_reference(args):
     return read_video(args.ref, frames, rounded, turn=args.size is None)
 
 
+def find_model(args):
+    if not args.random_weights and args.model not in ("tiny", "small"):
+        return wan_min.find_model(args.model)
+    if args.model not in wan_min.ARCHITECTURES:
+        raise UserError(f"--random-weights needs --model {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
+    return args.model
+
+
+def progress_bar(iterable, text):
+    """A progress bar that goes away when done, and is not drawn into a log file."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=text, leave=False, disable=None)
+
+
+@contextmanager
+def phase(name, seconds):
+    print(f"{name} ...", flush=True)
+    start = time.perf_counter()
+    yield partial(progress_bar, text=name)
+    seconds[name] = time.perf_counter() - start
+
+
+def provenance(args, config):
+    """What made a video, as JSON for its metadata; the paper's ethics statement promises such a marking."""
+    local = {"out", "compare", "decode"} | vars(config).keys()
+    settings = {name: value for name, value in vars(args).items() if name not in local}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {"ai_generated": True, "program": "FastVMT motion transfer (fastvmt.py)", "settings": settings,
+              "method": dataclasses.asdict(config), "versions": versions}  # fmt: skip
+    return json.dumps(record, default=str, ensure_ascii=False)
+
+
+@contextmanager
+def latents_kept(path, out):
+    """Remove the latents at path once the video `out` is written; if that fails, say how to finish it."""
+    try:
+        yield
+    except BaseException:
+        command = shlex.join(["python", "fastvmt.py", "--decode", str(path), "--out", str(out)])
+        print(f"fastvmt: the latents are safe; to finish the video: {command}", file=sys.stderr)
+        raise
+    path.unlink()
+
+
+def run_decode(args):
+    """Finish a run whose latents were kept: `--decode LATENTS --out OUT`."""
+    from safetensors import SafetensorError, safe_open
+
+    check_output(args.out, None)
+    try:
+        with safe_open(args.decode, "pt") as file:
+            latents, metadata = file.get_tensor("latents"), file.metadata()
+        saved, fps = argparse.Namespace(**json.loads(metadata["record"])["settings"]), float(metadata["fps"])
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"latents {args.decode} cannot be read ({error})") from None
+    vae = wan_min.load(wan_min.VAE, find_model(saved), args.device)
+    with latents_kept(args.decode, args.out), phase("decoding", {}) as progress:
+        write_video(args.out, vae.decode(latents.to(args.device), progress=progress), fps, metadata["record"])
+    print(f"wrote {args.out}")
+
+
 @torch.no_grad()
 def run(args):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
-    if not args.prompt.strip():
-        raise UserError("the prompt is empty")
-    check_output(args.out, args.ref)
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    if args.decode:
+        return run_decode(args)
+    if not args.ref or not (args.prompt or "").strip():
+        raise UserError("--ref and --prompt are needed" if args.prompt is None else "the prompt is empty")
+    if args.compile and args.offload:
+        raise UserError("--compile and --offload exclude each other")
+    for path in (args.out, args.compare):
+        if path and not args.ablate:
+            check_output(path, args.ref)
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
     video, fps = read_reference(args)
-    if args.random_weights and args.model not in wan_min.ARCHITECTURES:
-        raise UserError(f"--random-weights needs --model {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
-    model = args.model if args.random_weights or args.model == "tiny" else wan_min.find_model(args.model)
+    fps, model = args.fps or fps, find_model(args)
     config = MotionConfig(**{f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v
                              for f in dataclasses.fields(MotionConfig)})  # fmt: skip
     layers = wan_min.dit_layers(model)
@@ -584,43 +849,83 @@ def run(args):
         raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
     if model in wan_min.ARCHITECTURES:
         print(f"{model} with random weights: the picture is noise by design; only the machinery is real")
-    if args.no_transfer:
-        config = dataclasses.replace(config, guided_fraction=0.0)
 
-    start = time.perf_counter()
-
-    def log(text):
-        print(f"[{time.perf_counter() - start:7.1f} s] {text}", flush=True)
-
-    device, dtype = args.device, DTYPES[args.dtype or ("fp32" if args.device == "cpu" else "bf16")]
-    negative = NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt
+    seconds, host = {}, "cpu" if args.offload else device
+    peak_memory(device, reset=True)
     if args.random_weights:
         contexts = wan_min.random_contexts(3, model, device).split(1)
     else:
-        log("encoding the prompts")
-        contexts = wan_min.encode_prompts([args.prompt, negative, ""], model, device).split(1)
+        with phase("encoding the prompts", seconds):
+            prompts = [args.prompt, NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt, ""]
+            contexts = wan_min.encode_prompts(prompts, model, device, offloaded=args.offload).split(1)
     vae = wan_min.load(wan_min.VAE, model, device)
-    log(f"encoding the reference: {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps")
-    reference = vae.encode(video.to(device))
-    log("loading the DiT")
-    dit = wan_min.load(wan_min.DiT, model, device, dtype)
+    text = f"encoding the reference, {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps"
+    with phase(text, seconds) as progress:
+        reference = vae.encode(video.to(device), progress=progress)
+    with phase("loading the DiT", seconds) as progress:
+        dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+        dit = wan_min.load(wan_min.DiT, model, host, dtype, progress=progress)
+        dit = wan_min.offload(dit, device) if args.offload else dit
+        for block in dit.blocks if args.compile else ():
+            block.compile()
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)
-    log(f"sampling: {args.steps} steps, the first {guided_steps(args.steps, config)} guided")
-    latents = sample(dit, noise, sigmas, contexts[0], contexts[1], cfg_scale=args.cfg_scale, reference=reference,
-                     null=contexts[2], config=config, checkpoint=args.checkpoint)  # fmt: skip
-    log("decoding")
-    write_video(args.out, vae.decode(latents), args.fps or fps)
-    log(f"wrote {args.out}")
+    scarce = wan_min.activation_bytes(dit, noise, config.block) > 0.8 * free_memory(device)
+    checkpoint = args.checkpoint == "on" or args.offload or args.checkpoint == "auto" and scarce
+    options = {"cfg_scale": args.cfg_scale, "checkpoint": checkpoint}
+    if args.ablate:
+        for line in ablate(dit, noise, sigmas, contexts, reference, config, device, **options):
+            print(line, flush=True)
+        return
+
+    config = dataclasses.replace(config, guided_fraction=0.0) if args.no_transfer else config
+    losses, steps = [], tqdm(total=args.steps, desc="sampling", disable=None)
+
+    def callback(step, x, step_losses):
+        losses.append(step_losses)
+        text = "loss {:.4g} (AMF {:.4g}, window {:.4g})".format(*step_losses[-1]) if step_losses else ""
+        steps.set_postfix_str(text)
+        steps.update()
+        if steps.disable and (step + 1) % max(1, args.steps // 10) == 0:  # in a log file, a line now and then
+            print(f"step {step + 1} of {args.steps} {text}", flush=True)
+
+    guided = guided_steps(args.steps, config)
+    with steps, phase(f"sampling, {args.steps} steps, the first {guided} guided", seconds):
+        latents = sample(dit, noise, sigmas, *contexts[:2], reference=reference, null=contexts[2], config=config,
+                         callback=callback, **options)  # fmt: skip
+    record, kept = provenance(args, config), args.out.with_suffix(".latents.safetensors")
+    save_file({"latents": latents.cpu()}, kept, metadata={"record": record, "fps": str(fps)})
+    with latents_kept(kept, args.out), phase("decoding", seconds) as progress:
+        flows = [low_noise_flow(dit, x, noise, contexts[2], config) for x in (reference, latents)]
+        del dit  # the decoder needs the memory
+        result = vae.decode(latents, progress=progress)
+        write_video(args.out, result, fps, record)
+    if args.compare:
+        write_video(args.compare, compare_video([video, result], flows), fps, record)
+    cosine, error = flow_agreement(*flows)
+    print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
+    print("seconds: " + ", ".join(f"{name.split(',')[0]} {value:.1f}" for name, value in seconds.items()))
+    print(f"gradients: {sum(map(len, losses))} for {guided * config.inner_steps} inner steps; "
+          f"peak memory: {peak_memory(device) / 2**30:.2f} GiB")  # fmt: skip
+    print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
 
 
 def main(argv=None):
     try:
         run(parse_arguments(argv))
+        return 0
     except (UserError, wan_min.ModelError) as error:
-        print("fastvmt:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+        code, text = 2, str(error)
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
+    except FloatingPointError as error:
+        code, text = 1, str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        code, text = 1, "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
+    print("fastvmt:", " ".join(text.split()), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ Source: Wan 2.1 (arXiv 2503.20314; github.com/Wan-Video/Wan2.1). Shapes in comme
 latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimension.
 """
 
+import copy
 import html
 import inspect
 import json
 import math
 import zlib
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -121,15 +124,12 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def qk(self, x, modulation, context, rope):
-        """Q and K of this block's self-attention, and nothing after them."""
-        shift, scale = (self.modulation + modulation)[:, :2].split(1, dim=1)  # (B, 1, dim) each
-        y = modulate(x, shift, scale, self.eps).to(context.dtype)
-        return self.self_attn.qk(y, y, rope)
-
-    def forward(self, x, modulation, context, rope):
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).split(1, dim=1)
+    def forward(self, x, modulation, context, rope, only_qk=False):
+        """Tokens after this block, or, with only_qk, its self-attention's Q and K and nothing after them."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).split(1, dim=1)  # (B, 1, dim)
         y = modulate(x, shift1, scale1, self.eps).to(context.dtype)
+        if only_qk:
+            return self.self_attn.qk(y, y, rope)
         x = x + self.self_attn(y, y, rope) * gate1
         x = x + self.cross_attn(self.norm3(x).to(context.dtype), context)
         y = modulate(x, shift2, scale2, self.eps).to(context.dtype)
@@ -180,10 +180,7 @@ class DiT(nn.Module):
 
     def run(self, blocks, tokens, shared, checkpoint):
         for block in blocks:
-            if checkpoint:
-                tokens = recompute(block, tokens, *shared, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, *shared)
+            tokens = maybe_recompute(checkpoint, block, tokens, *shared)
         return tokens
 
     def forward(self, x, t, context, *, checkpoint=False):
@@ -208,7 +205,64 @@ class DiT(nn.Module):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
         tokens, _, shared = self.embed(x, t, context)
         tokens = self.run(self.blocks[: block - 1], tokens, shared, checkpoint)
-        return self.blocks[block - 1].qk(tokens, *shared)
+        return maybe_recompute(checkpoint, self.blocks[block - 1], tokens, *shared, only_qk=True)
+
+
+def maybe_recompute(checkpoint, function, *args, **kwargs):
+    if not checkpoint:
+        return function(*args, **kwargs)
+    return recompute(function, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+
+
+def activation_bytes(dit, x, block):
+    """Estimate of what the backward pass of `dit.qk(x, ..., block)` keeps without checkpointing, counted on a block."""
+    attention, ffn = dit.blocks[0].self_attn.q.weight, dit.blocks[0].ffn[0].weight
+    tokens, size = x[0, 0].numel() // math.prod(dit.patch_size), attention.element_size()
+    return (block - 1) * tokens * ((26 + 6 * size) * attention.shape[0] + size * ffn.shape[0])
+
+
+def offload(module, device):
+    """Leave the weights of module.blocks in host memory and stream each block's to the device as it runs.
+
+    The copy of the next block, or in a backward pass of the one before, overlaps the running one; at most two blocks'
+    weights are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
+    Returns the module, its other parts on the device.
+    """
+    device, blocks = torch.device(device), module.blocks
+    cuda = device.type == "cuda"
+    host = [{name: p.pin_memory() if cuda else p for name, p in block.state_dict().items()} for block in blocks]
+    shell = copy.deepcopy(blocks[0]).to("meta")  # runs with the weights that it is handed
+    stream, copies, last, done = torch.cuda.Stream(device) if cuda else None, {}, 0, None
+
+    def fetch(n):
+        with torch.cuda.stream(stream) if cuda else nullcontext():
+            copies[n] = {name: p.to(device, non_blocking=True, copy=True) for name, p in host[n].items()}
+
+    def run(n, *args, **kwargs):
+        nonlocal last, done
+        if n not in copies:
+            copies.clear()
+            fetch(n)
+        weights = copies.pop(n)
+        if cuda:
+            torch.cuda.current_stream(device).wait_stream(stream)
+            for p in weights.values():
+                p.record_stream(torch.cuda.current_stream(device))
+        out = torch.func.functional_call(shell, weights, args, kwargs)
+        following, last = (n - 1 if n < last else n + 1) % len(blocks), n
+        if cuda:
+            if done:
+                done.synchronize()  # the block before has finished, so that its weights are free
+            done = torch.cuda.current_stream(device).record_event()
+        fetch(following)
+        return out
+
+    for n, block in enumerate(blocks):
+        block.forward = partial(run, n)
+    for name, child in module.named_children():
+        if name != "blocks":
+            child.to(device)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,30 +446,29 @@ class VAE(nn.Module):
         mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
         return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
-    def tiled(self, x, out, step, scale, tile, stride):
+    def tiled(self, x, out, step, scale, tile, stride, progress):
         """Add to `out` the blend of `step(chunk, cache)` over spatial tiles, each streamed over time.
 
         tile and stride are in latent units; `scale` = (input, output) pixels per latent unit, one of them 1.
-        `step` sees the first frame alone, then groups as long as one latent frame.
+        `step` sees the first frame alone, then groups as long as one latent frame. progress wraps the list of tiles.
         """
         sin, sout = scale
         group = 4 if sin > 1 else 1
         sizes = [n // sin * sout for n in x.shape[3:]]
         tile = tuple(x.shape[3:]) if tile is None else tile
         axes = [blend_tiles(n, t * sout, s * sout, x.device) for n, t, s in zip(sizes, tile, stride)]
-        for top, row_weights in axes[0]:
-            for left, col_weights in axes[1]:
-                weight = row_weights[:, None] * col_weights
-                (h, w), cache, done = weight.shape, {}, 0
-                rows, cols = (slice(a // sout * sin, (a + n) // sout * sin) for a, n in ((top, h), (left, w)))
-                for chunk in x.split([1] + [group] * ((x.shape[2] - 1) // group), dim=2):
-                    y = step(chunk[..., rows, cols], cache)
-                    out[:, :, done : done + y.shape[2], top : top + h, left : left + w] += y * weight
-                    done += y.shape[2]
+        for (top, row_weights), (left, col_weights) in progress(list(product(*axes))):
+            weight = row_weights[:, None] * col_weights
+            (h, w), cache, done = weight.shape, {}, 0
+            rows, cols = (slice(a // sout * sin, (a + n) // sout * sin) for a, n in ((top, h), (left, w)))
+            for chunk in x.split([1] + [group] * ((x.shape[2] - 1) // group), dim=2):
+                y = step(chunk[..., rows, cols], cache)
+                out[:, :, done : done + y.shape[2], top : top + h, left : left + w] += y * weight
+                done += y.shape[2]
         return out
 
     @torch.no_grad()
-    def encode(self, video, tile=(30, 52), stride=(15, 26)):
+    def encode(self, video, tile=(30, 52), stride=(15, 26), progress=iter):
         """video (B, 3, T, 8h, 8w) in [-1, 1], T = 4k+1 -> normalised mean latents (B, 16, (T-1)//4+1, h, w)."""
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
@@ -426,10 +479,10 @@ class VAE(nn.Module):
         def step(x, cache):
             return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
 
-        return self.tiled(video, out, step, (8, 1), tile, stride)
+        return self.tiled(video, out, step, (8, 1), tile, stride, progress)
 
     @torch.no_grad()
-    def decode(self, latents, tile=(30, 52), stride=(15, 26)):
+    def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
         """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile=None decodes untiled."""
         b, _, f, h, w = latents.shape
         mean, std = self.statistics(latents)
@@ -438,7 +491,7 @@ class VAE(nn.Module):
         def step(x, cache):
             return self.decoder(self.conv2(x * std + mean, cache), cache)
 
-        return self.tiled(latents, out, step, (1, 8), tile, stride).clamp_(-1, 1)
+        return self.tiled(latents, out, step, (1, 8), tile, stride, progress).clamp_(-1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,6 +593,8 @@ ARCHITECTURES = {  # for random weights: constructor arguments of DiT, VAE and T
     "14B": (dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), {}, {}),
     "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8),
              dict(vocab=4096, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)),
+    "small": (dict(dim=256, ffn_dim=1024, num_heads=2, num_layers=16, text_dim=64), dict(dim=8),
+              dict(vocab=4096, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)),
 }  # fmt: skip
 
 
@@ -704,10 +759,10 @@ def dit_layers(model):
     return arguments.get("num_layers", 30)
 
 
-def load(cls, model, device="cpu", dtype=torch.float32, seed=0):
+def load(cls, model, device="cpu", dtype=torch.float32, seed=0, progress=iter):
     """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder (the checkpoint's dtype) on the device.
 
-    model: a checkpoint folder, or a key of ARCHITECTURES for random weights.
+    model: a checkpoint folder, or a key of ARCHITECTURES for random weights. progress wraps the list of weights.
     """
     if model in ARCHITECTURES:
         arguments = ARCHITECTURES[model][(DiT, VAE, TextEncoder).index(cls)]
@@ -716,7 +771,7 @@ def load(cls, model, device="cpu", dtype=torch.float32, seed=0):
     with torch.device("meta"):
         module = cls(**arguments)
     tensors = {}
-    for name, read in readers.items():
+    for name, read in progress(list(readers.items())):
         keep = cls is VAE or any(part in name for part in FP32_PARTS)
         tensors[name] = read().to(device, None if cls is TextEncoder else torch.float32 if keep else dtype)
     module.load_state_dict(tensors, strict=True, assign=True)
@@ -741,10 +796,11 @@ def hash_tokenize(prompt, vocab):
 
 
 @torch.no_grad()
-def encode_prompts(prompts, model, device="cpu"):
+def encode_prompts(prompts, model, device="cpu", offloaded=False):
     """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
+    encoder = load(TextEncoder, model, "cpu" if offloaded else device)
+    encoder = offload(encoder, device) if offloaded else encoder
     if model in ARCHITECTURES:
-        encoder = load(TextEncoder, model, device)
         rows = [hash_tokenize(p, encoder.token_embedding.num_embeddings) for p in prompts]
     else:
         from tokenizers import Tokenizer
@@ -757,7 +813,6 @@ def encode_prompts(prompts, model, device="cpu"):
         tokenizer.no_padding()
         tokenizer.no_truncation()
         rows = [tokenize(p, tokenizer) for p in prompts]
-        encoder = load(TextEncoder, model, device)
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
