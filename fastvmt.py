@@ -10,19 +10,19 @@ T tokens a tile, M window tokens. All positions and flows are (row, column) in t
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import math
 import os
-import platform
 import re
 import shlex
 import subprocess
 import sys
 import time
+import timeit
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,9 +34,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import wan_min
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Settings --------------------------------------------------------------------------------------------------------
 
 
 def setting(default, text):
@@ -49,9 +47,7 @@ class MotionConfig:
 
     block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
     tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
-    window: int | None = setting(
-        21, "side l of the search window in tokens; None searches the whole frame (eq. 3, App. B.1)"
-    )
+    window: int | None = setting(21, "side l of the search window in tokens; None: the whole frame (eq. 3, App. B.1)")
     span: int = setting(5, "temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)")
     tau: float = setting(1.0, "temperature τ that multiplies the attention logits (eq. 1, App. B.1)")
     center: str = setting("soft", "window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)")
@@ -66,9 +62,7 @@ class MotionConfig:
     ref_noise: str = setting("match", "reference features: at the step's noise 'match' (Alg. 1) or 'clean' (Sec. 3.2)")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tiles and windows (Sec. 3.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Tiles and windows (Sec. 3.2) ------------------------------------------------------------------------------------
 
 
 def head_average(x, grid):
@@ -83,10 +77,8 @@ def frame_pairs(num_frames, span, device=None):
 
     i = j is in eq. 3's window but carries no motion.
     """
-    offsets = range(1, min(span, num_frames - 1) + 1)
-    i = torch.cat([torch.arange(num_frames - d, device=device) for d in offsets])
-    j = torch.cat([torch.arange(d, num_frames, device=device) for d in offsets])
-    return i, j
+    pairs = [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
+    return torch.tensor(pairs, device=device).unbind(1)
 
 
 def row_column(index, width):
@@ -96,8 +88,7 @@ def row_column(index, width):
 
 def tile_tokens(x, tile):
     """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are filled up with zeros."""
-    _, H, W, _ = x.shape
-    th, tw = tile
+    (_, H, W, _), (th, tw) = x.shape, tile
     x = F.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
     return rearrange(x, "f (a th) (b tw) c -> f (a b) (th tw) c", th=th, tw=tw)
 
@@ -155,9 +146,7 @@ def window_means(K, origins, j, size):
     return rearrange(means, "f d h w -> f h w d")[j[:, None], origins[..., 0], origins[..., 1]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention motion flow (Sec. 3.2, eq. 5)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Attention motion flow (Sec. 3.2, eq. 5) -------------------------------------------------------------------------
 
 
 def expected_positions(queries, key_rows, i, j, origins, grid, size, tau):
@@ -208,9 +197,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     return target - position, window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses (Sec. 3.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Losses (Sec. 3.3) -----------------------------------------------------------------------------------------------
 
 
 def offset_weights(offsets, span, alpha=0.2):
@@ -251,9 +238,7 @@ def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
     return config.lambda_amf * amf + config.lambda_window * window, amf, window
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Step-skip optimizer (Sec. 3.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Step-skip optimizer (Sec. 3.4) ----------------------------------------------------------------------------------
 
 
 def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
@@ -274,9 +259,7 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     return x.detach()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Guided sampler (Algorithm 1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Guided sampler (Algorithm 1) ------------------------------------------------------------------------------------
 
 
 def match_noise(latents, noise, sigma):
@@ -294,14 +277,9 @@ def motion_features(dit, x, sigma, context, config, *, checkpoint=False):
 
 
 @torch.no_grad()
-def cfg_velocity(dit, x, sigma, context, negative, cfg_scale):
-    """Velocity with classifier-free guidance; a scale of 1 needs no negative prompt."""
-    t = torch.full((1,), 1000 * sigma, device=x.device)
-    v = dit(x, t, context)
-    if cfg_scale == 1:
-        return v
-    v_negative = dit(x, t, negative)
-    return v_negative + cfg_scale * (v - v_negative)
+def noised_flow(dit, latents, noise, null, config, sigma=0.1):
+    """AMF (P, H, W, 2) of clean latents, read with the empty prompt at noise level sigma."""
+    return motion_features(dit, match_noise(latents, noise, sigma), sigma, null, config)[0]
 
 
 def guided_steps(num_steps, config):
@@ -315,13 +293,14 @@ def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
 
     def objective(x):
         flow, key_mean = motion_features(dit, x, sigma, context, config, checkpoint=checkpoint)
-        loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2], config=config)
+        loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2] // dit.patch_size[0], config=config)
         losses.append(torch.stack(loss).tolist())
         return loss[0]
 
     return optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr), losses
 
 
+@torch.no_grad()
 def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None,
            config=MotionConfig(), checkpoint=False, callback=None):  # fmt: skip
     """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
@@ -335,21 +314,23 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     """
     if reference is not None and (null is None or reference.shape != noise.shape):
         raise ValueError("a reference must have the shape of the noise and needs null, the empty prompt's embedding")
-    sigmas, x = sigmas.tolist(), noise.float()
-    guided = 0
+    sigmas, x, guided = sigmas.tolist(), noise.float(), 0
     if reference is not None:
-        noise, reference = noise.float(), reference.float()
+        noise, reference, guided = x, reference.float(), guided_steps(len(sigmas) - 1, config)
         x = match_noise(reference, noise, sigmas[0])
-        guided = guided_steps(len(sigmas) - 1, config)
     for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
         losses = []
         if step < guided:
             if step == 0 or config.ref_noise == "match":
                 level = sigma if config.ref_noise == "match" else 0.0
-                with torch.no_grad():
-                    flow_ref, _ = motion_features(dit, match_noise(reference, noise, level), level, null, config)
+                flow_ref = noised_flow(dit, reference, noise, null, config, level)
             x, losses = guide(dit, x, sigma, context, flow_ref, config, checkpoint=checkpoint)
-        x = x + (next_sigma - sigma) * cfg_velocity(dit, x, sigma, context, negative, cfg_scale)
+        t = torch.full((1,), 1000 * sigma, device=x.device)
+        v = dit(x, t, context)
+        if cfg_scale != 1:
+            v_negative = dit(x, t, negative)
+            v = v_negative + cfg_scale * (v - v_negative)
+        x = x + (next_sigma - sigma) * v
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"the latent is not finite after step {step + 1} of {len(sigmas) - 1}")
         if callback:
@@ -357,9 +338,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Video in and out
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Video in and out ------------------------------------------------------------------------------------------------
 
 
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
@@ -402,9 +381,7 @@ def read_video(path, num_frames, size, turn=False):
         frames = [fit_frame(np.frombuffer(bytearray(frame), np.uint8).reshape(height, width, 3), size)
                   for frame in reader]  # fmt: skip
     except Exception as error:  # ffmpeg's complaints come as many types, and as whole logs
-        reason = (re.findall(r"^\[.+?\] (.+)", str(error), re.M) or str(error).splitlines() or [type(error).__name__])[
-            -1
-        ]
+        *_, reason = type(error).__name__, *str(error).splitlines(), *re.findall(r"^\[.+?\] (.+)", str(error), re.M)
         raise UserError(f"reference {path} cannot be read as a video ({reason})") from None
     if len(frames) < 5:
         raise UserError(f"reference {path} has {len(frames)} frames; at least 5 are needed")
@@ -433,7 +410,7 @@ def write_video(path, video, fps, comment=""):
     """Write (1, 3, T, H, W) in [-1, 1] as H.264 yuv420p mp4, under a temporary name until it is whole."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    path = Path(path)
+    path, part = Path(path), partial_path(Path(path))
     pixels = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)  # (T, H, W, 3)
     _, height, width, _ = pixels.shape
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
@@ -441,24 +418,16 @@ def write_video(path, video, fps, comment=""):
     try:
         # Not through imageio's writer, which takes a failed encode for a success.
         done = subprocess.run([get_ffmpeg_exe(), "-y", "-v", "error", *source, *color, "-c:v", "libx264", "-crf", "17",
-                               "-pix_fmt", "yuv420p", "-metadata", f"comment={comment}", str(partial_path(path))],
+                               "-pix_fmt", "yuv420p", "-metadata", f"comment={comment}", str(part)],
                               input=pixels.cpu().numpy().tobytes(), stderr=subprocess.PIPE)  # fmt: skip
         if done.returncode:
             raise UserError(f"ffmpeg could not write {path} ({done.stderr.decode(errors='replace').strip()[-200:]})")
-        partial_path(path).replace(path)
+        part.replace(path)
     finally:
-        partial_path(path).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Seeing and measuring the motion of a result
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def low_noise_flow(dit, latents, noise, null, config, sigma=0.1):
-    """AMF (P, H, W, 2) of clean latents, read with the empty prompt at a low noise level."""
-    with torch.no_grad():
-        return motion_features(dit, match_noise(latents, noise, sigma), sigma, null, config)[0]
+# ---- Seeing and measuring the motion of a result ---------------------------------------------------------------------
 
 
 def flow_agreement(flow_ref, flow_gen, moving=0.5):
@@ -508,7 +477,7 @@ def compare_video(videos, flows):
 
 def peak_memory(device, reset=False):
     """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
-    if str(device).startswith("cuda"):
+    if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
@@ -516,37 +485,34 @@ def peak_memory(device, reset=False):
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    except OSError:
+    except (OSError, TypeError):  # TypeError: a sandbox's /proc may not tell the peak
         return 0
 
 
-class Meter:
-    """A DiT that tells what it did since `reset`: seconds in velocities, block forwards and backwards."""
+def clock(device):
+    """Seconds, read once the device has done all that was asked of it."""
+    torch.zeros(1, device=device).item()
+    return time.perf_counter()
 
-    def __init__(self, dit, device):
-        self.dit, self.device, self.patch_size, self.qk = dit, device, dit.patch_size, dit.qk
+
+class Meter:
+    """A DiT that counts seconds in velocities, block forwards (but not recomputed ones) and block backwards."""
+
+    def __init__(self, dit):
+        self.dit, self.patch_size, self.qk, self.counts = dit, dit.patch_size, dit.qk, Counter()
         for block in dit.blocks:
             block.register_forward_hook(self.count)
-        self.reset()
-
-    def reset(self):
-        self.denoising, self.forwards, self.backwards = 0.0, 0, 0
 
     def count(self, block, args, out):
         if isinstance(out, torch.Tensor):  # not the Q and K of a block that ends there
-            self.forwards += 1
+            self.counts["forwards"] += 1
             if out.requires_grad:
-                out.register_hook(lambda gradient: setattr(self, "backwards", self.backwards + 1))
-
-    def seconds(self):
-        if str(self.device).startswith("cuda"):
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+                out.register_hook(lambda gradient: self.counts.update(["backwards"]))
 
     def __call__(self, x, t, context):
-        start = self.seconds()
+        start = clock(x.device)
         velocity = self.dit(x, t, context)
-        self.denoising += self.seconds() - start
+        self.counts["seconds"] += clock(x.device) - start
         return velocity
 
 
@@ -561,67 +527,61 @@ ABLATIONS = {
 }
 
 
-def ablate(dit, noise, sigmas, contexts, reference, config, device, rounds=2, **options):
+def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, **options):
     """Table 1 of the paper on this machine: markdown lines of every ablation on the same reference, prompt and seed.
 
     After a warm-up the rows are run in turn, `rounds` times; each row's times are those of its fastest round.
     """
-    meter, rows = Meter(dit, device), {name: [] for name in ABLATIONS}
+    meter, rows, device = Meter(dit), {name: [] for name in ABLATIONS}, noise.device
     context, negative, null = contexts
 
     def timed(sigmas, config):
-        gradients = []
-        meter.reset()
+        meter.counts.clear()
         peak_memory(device, reset=True)
-        start = meter.seconds()
+        start, gradients = clock(device), []
         latents = sample(meter, noise, sigmas, context, negative, reference=reference, null=null, config=config,
-                         callback=lambda step, x, losses: gradients.append(len(losses)), **options)  # fmt: skip
-        total = meter.seconds() - start
-        counts = sum(gradients), meter.forwards, meter.backwards, peak_memory(device) / 2**30
-        return (total, total - meter.denoising, meter.denoising), counts, latents
+                         callback=lambda step, x, losses: gradients.extend(losses), **options)  # fmt: skip
+        total, denoising = clock(device) - start, meter.counts["seconds"]
+        counts = len(gradients), meter.counts["forwards"], meter.counts["backwards"], peak_memory(device) / 2**30
+        return (total, total - denoising, denoising), counts, latents
 
-    timed(sigmas[-2:], dataclasses.replace(config, guided_fraction=1.0, inner_steps=1))
+    timed(sigmas[-2:], replace(config, guided_fraction=1.0, inner_steps=1))
     for _ in range(rounds):
         for name, change in ABLATIONS.items():
-            rows[name].append(timed(sigmas, dataclasses.replace(config, **change)))
+            rows[name].append(timed(sigmas, replace(config, **change)))
     yield "| | total s | guidance s | denoising s | guidance ratio | gradients | block forwards | block backwards | " \
           "peak GiB | L_AMF | flow cosine |"  # fmt: skip
     yield "|---" + "|--:" * 10 + "|"
-    flow_ref, full = low_noise_flow(dit, reference, noise, null, config), None
+    flow_ref, full = noised_flow(dit, reference, noise, null, config), None
     for name, runs in rows.items():
         (total, guidance, denoising), counts, latents = min(runs, key=lambda run: run[0])
-        flow, full = low_noise_flow(dit, latents, noise, null, config), full or guidance
+        flow, full = noised_flow(dit, latents, noise, null, config), full or guidance
         loss = amf_loss(flow_ref, flow, num_frames=noise.shape[2], span=config.span, alpha=config.alpha)
         numbers = "{} | {} | {} | {:.2f}".format(*counts)
         yield (f"| {name} | {total:.1f} | {guidance:.1f} | {denoising:.1f} | {guidance / full:.2f} | {numbers} | "
                f"{loss:.4f} | {flow_agreement(flow_ref, flow)[0]:.3f} |")  # fmt: skip
 
     # Where the guidance's time goes: the method's own part, on Q and K as leaves, and the reference pass.
-    t, grid = torch.full((1,), 500.0, device=noise.device), [n // p for n, p in zip(noise.shape[2:], dit.patch_size)]
-    times = {"velocity": [], "features": [], "method": []}
-    with torch.no_grad():
-        for _ in range(rounds + 1):
-            start = meter.seconds()
-            dit(noise, t, context)
-            velocity = meter.seconds()
-            Q, K = (head_average(x[0], grid) for x in dit.qk(noise, t, null, config.block))
-            features = meter.seconds()
-            optimize_latent(torch.stack([Q, K]), lambda x: motion_losses(flow_ref, *attention_motion_flow(
-                x[0], x[1], span=config.span, tile=config.tile, window=config.window, tau=config.tau,
-                center=config.center), num_frames=grid[0], config=config)[0], steps=1)  # fmt: skip
-            for name, value in zip(times, (velocity - start, features - velocity, meter.seconds() - features)):
-                times[name].append(value)
-    velocity, features, method = (min(values) for values in times.values())
-    gradients = rows["full method"][0][1][0]
-    percent = 100 * gradients * method / full
+    t, grid = torch.full((1,), 500.0, device=device), [n // p for n, p in zip(noise.shape[2:], dit.patch_size)]
+    QK = torch.stack([head_average(x[0], grid) for x in dit.qk(noise, t, null, config.block)])
+
+    def objective(x):
+        flow = attention_motion_flow(*x, span=config.span, tile=config.tile, window=config.window, tau=config.tau,
+                                     center=config.center)  # fmt: skip
+        return motion_losses(flow_ref, *flow, num_frames=grid[0], config=config)[0]
+
+    def fastest(run):
+        return min(timeit.repeat(run, timer=partial(clock, device), repeat=rounds + 1, number=1))
+
+    velocity, features = fastest(lambda: dit(noise, t, context)), fastest(lambda: dit.qk(noise, t, null, config.block))
+    method = fastest(lambda: optimize_latent(QK, objective, steps=1))
+    percent = 100 * rows["full method"][0][1][0] * method / full
     yield f"\nAMF, losses and optimizer: {method:.2f} s a gradient, {percent:.1f} % of the full method's guidance."
     share = (config.block - 1) / len(dit.blocks)
     yield f"Reference pass: {features / velocity:.3f} of a velocity; (block - 1) / layers is {share:.3f}."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 # The negative prompt that Wan 2.1 ships with: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
 NEGATIVE_PROMPT = (
@@ -652,16 +612,13 @@ def number(kind, low, high=math.inf):
 
 
 def parse_size(text):
-    try:
-        size = tuple(int(side) for side in text.lower().split("x"))
-    except ValueError:
-        size = ()
-    if len(size) != 2 or min(size) < 32:
+    size = tuple(map(int, text.lower().split("x"))) if re.fullmatch(r"\d+[xX]\d+", text) else (0, 0)
+    if min(size) < 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not HxW with sides of at least 32, such as 480x832")
     return size
 
 
-def parse_window(text):
+def int_or_none(text):  # argparse shows this name
     return None if text == "none" else number(int, 1)(text)
 
 
@@ -677,8 +634,7 @@ def build_parser(presets):
     add("--prompt", "what the new video shows")
     add("--out", "mp4 to write", Path("out.mp4"), type=Path)
     add("--compare", "also write this mp4: reference and result side by side, the motion of each below", type=Path)
-    add("--model", "checkpoint folder, hub repo id, 1.3B, 14B, or tiny (random weights: noise, but in seconds)",
-        "Wan-AI/Wan2.1-T2V-1.3B")  # fmt: skip
+    add("--model", "checkpoint folder, hub repo id, 1.3B, 14B, or tiny (random weights)", "Wan-AI/Wan2.1-T2V-1.3B")
     add("--random-weights", "random weights for 1.3B, 14B, small or tiny, to study speed and memory", False)
     add("--size", "size of the output, HxW (Sec. 4.1: 480x832; here turned for a portrait reference)", type=parse_size)
     add("--frames", "use at most this many frames, rounded down to 4k+1 (Sec. 4.1)", 81, type=number(int, 5))
@@ -689,7 +645,8 @@ def build_parser(presets):
     add("--decode", "instead of sampling, decode the latents that an interrupted run left behind", type=Path)
     add("--negative-prompt", "what to steer away from; Wan's own if not given", type=str)
     group = parser.add_argument_group("machine")
-    add("--device", "torch device", default_device(), group)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    add("--device", "torch device", device, group)
     add("--dtype", "of the DiT's matmuls; bf16 on a GPU and fp32 on CPU if not given", None, group, choices=DTYPES)
     add("--checkpoint", "recompute DiT blocks in the backward pass to save memory; auto: when their activations would "
         "take over 80 %% of the memory that is free", "auto", group, choices=["auto", "on", "off"])  # fmt: skip
@@ -698,14 +655,13 @@ def build_parser(presets):
     group = parser.add_argument_group("sampler")
     add("--steps", "denoising steps (Sec. 4.1)", 50, group, type=number(int, 1))
     add("--shift", "timestep shift (authors' code; the paper names none)", 7.0, group, type=number(float, 1e-3))
-    add("--cfg-scale", "classifier-free guidance scale (authors' code; the paper names none)", 5.8, group,
-        type=number(float, 0))  # fmt: skip
-    add("--strength", "noise level of the start, below 1 mixed with the reference (Sec. 4.1: 1; authors' code: 0.75)",
-        1.0, group, type=number(float, 1e-3, 1))  # fmt: skip
+    add("--cfg-scale", "classifier-free guidance scale (authors' code)", 5.8, group, type=number(float, 0))
+    text = "noise level of the start, below 1 mixed with the reference (Sec. 4.1: 1; authors' code: 0.75)"
+    add("--strength", text, 1.0, group, type=number(float, 1e-3, 1))
     group = parser.add_argument_group("method")
-    special = {"window": {"type": parse_window}, "guided_fraction": {"type": number(float, 0, 1)},
+    special = {"window": {"type": int_or_none}, "guided_fraction": {"type": number(float, 0, 1)},
                "center": {"choices": ["soft", "argmax"]}, "ref_noise": {"choices": ["match", "clean"]}}  # fmt: skip
-    for f in dataclasses.fields(MotionConfig):
+    for f in fields(MotionConfig):
         example = f.default[0] if isinstance(f.default, tuple) else f.default
         options = special.get(f.name) or {"type": number(type(example), int(isinstance(example, int)))}
         options |= {"nargs": 2} if isinstance(f.default, tuple) else {}
@@ -722,24 +678,21 @@ def parse_arguments(argv):
     return build_parser(PRESETS.get(known.model, {})).parse_args(argv)
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def free_memory(device):
     """Bytes that are free on the device; of a CPU, half of what it has."""
-    if str(device).startswith("cuda"):
+    if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    if str(device).startswith("mps"):
+    if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def check_output(path, ref):
-    """UserError unless an mp4 can be written at path without harm to the reference."""
-    if path.suffix != ".mp4" or os.path.isdir(path) or ref and os.path.realpath(path) == os.path.realpath(ref):
-        raise UserError(f"output {path} must be a file name that ends in .mp4, and not the reference")
+def check_output(path, others=()):
+    """UserError unless an mp4 can be written at path without harm to the run's other files."""
+    taken = os.path.realpath(path) in [os.path.realpath(other) for other in others if other]
+    if path.suffix != ".mp4" or os.path.isdir(path) or taken:
+        raise UserError(f"output {path} must be a file name that ends in .mp4, and not the reference or another output")
     try:
         partial_path(path).touch()
         partial_path(path).unlink()
@@ -767,18 +720,14 @@ def find_model(args):
     return args.model
 
 
-def progress_bar(iterable, text):
-    """A progress bar that goes away when done, and is not drawn into a log file."""
-    from tqdm import tqdm
-
-    return tqdm(iterable, desc=text, leave=False, disable=None)
-
-
 @contextmanager
 def phase(name, seconds):
+    """Announce and time a part of the run; gives tqdm, whose bar goes when done and is not drawn into a log file."""
+    from tqdm import tqdm
+
     print(f"{name} ...", flush=True)
     start = time.perf_counter()
-    yield partial(progress_bar, text=name)
+    yield partial(tqdm, desc=name, leave=False, disable=None)
     seconds[name] = time.perf_counter() - start
 
 
@@ -786,9 +735,9 @@ def provenance(args, config):
     """What made a video, as JSON for its metadata; the paper's ethics statement promises such a marking."""
     local = {"out", "compare", "decode"} | vars(config).keys()
     settings = {name: value for name, value in vars(args).items() if name not in local}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     record = {"ai_generated": True, "program": "FastVMT motion transfer (fastvmt.py)", "settings": settings,
-              "method": dataclasses.asdict(config), "versions": versions}  # fmt: skip
+              "method": asdict(config), "versions": versions}  # fmt: skip
     return json.dumps(record, default=str, ensure_ascii=False)
 
 
@@ -808,12 +757,12 @@ def run_decode(args):
     """Finish a run whose latents were kept: `--decode LATENTS --out OUT`."""
     from safetensors import SafetensorError, safe_open
 
-    check_output(args.out, None)
+    check_output(args.out)
     try:
         with safe_open(args.decode, "pt") as file:
             latents, metadata = file.get_tensor("latents"), file.metadata()
         saved, fps = argparse.Namespace(**json.loads(metadata["record"])["settings"]), float(metadata["fps"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"latents {args.decode} cannot be read ({error})") from None
     vae = wan_min.load(wan_min.VAE, find_model(saved), args.device)
     with latents_kept(args.decode, args.out), phase("decoding", {}) as progress:
@@ -825,25 +774,24 @@ def run_decode(args):
 def run(args):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     from safetensors.torch import save_file
-    from tqdm import tqdm
 
-    if args.decode:
-        return run_decode(args)
-    if not args.ref or not (args.prompt or "").strip():
-        raise UserError("--ref and --prompt are needed" if args.prompt is None else "the prompt is empty")
-    if args.compile and args.offload:
-        raise UserError("--compile and --offload exclude each other")
-    for path in (args.out, args.compare):
-        if path and not args.ablate:
-            check_output(path, args.ref)
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
+    if args.decode:
+        return run_decode(args)
+    if args.ref is None or not (args.prompt or "").strip():
+        raise UserError("--ref or --prompt is missing, or the prompt is empty")
+    if args.compile and args.offload:
+        raise UserError("--compile and --offload exclude each other")
+    for path, others in ((args.out, (args.ref, args.compare)), (args.compare, (args.ref, args.out))):
+        if path and not args.ablate:
+            check_output(path, others)
     video, fps = read_reference(args)
     fps, model = args.fps or fps, find_model(args)
-    config = MotionConfig(**{f.name: tuple(v) if isinstance(v := getattr(args, f.name), list) else v
-                             for f in dataclasses.fields(MotionConfig)})  # fmt: skip
+    config = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
+    config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
     layers = wan_min.dit_layers(model)
     if config.block > layers:
         raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
@@ -874,12 +822,12 @@ def run(args):
     checkpoint = args.checkpoint == "on" or args.offload or args.checkpoint == "auto" and scarce
     options = {"cfg_scale": args.cfg_scale, "checkpoint": checkpoint}
     if args.ablate:
-        for line in ablate(dit, noise, sigmas, contexts, reference, config, device, **options):
+        for line in ablate(dit, noise, sigmas, contexts, reference, config, **options):
             print(line, flush=True)
         return
 
-    config = dataclasses.replace(config, guided_fraction=0.0) if args.no_transfer else config
-    losses, steps = [], tqdm(total=args.steps, desc="sampling", disable=None)
+    config = replace(config, guided_fraction=0.0) if args.no_transfer else config
+    losses, guided = [], guided_steps(args.steps, config)
 
     def callback(step, x, step_losses):
         losses.append(step_losses)
@@ -889,14 +837,14 @@ def run(args):
         if steps.disable and (step + 1) % max(1, args.steps // 10) == 0:  # in a log file, a line now and then
             print(f"step {step + 1} of {args.steps} {text}", flush=True)
 
-    guided = guided_steps(args.steps, config)
-    with steps, phase(f"sampling, {args.steps} steps, the first {guided} guided", seconds):
+    text = f"sampling, {args.steps} steps, the first {guided} guided"
+    with phase(text, seconds) as progress, progress(total=args.steps) as steps:
         latents = sample(dit, noise, sigmas, *contexts[:2], reference=reference, null=contexts[2], config=config,
                          callback=callback, **options)  # fmt: skip
     record, kept = provenance(args, config), args.out.with_suffix(".latents.safetensors")
     save_file({"latents": latents.cpu()}, kept, metadata={"record": record, "fps": str(fps)})
     with latents_kept(kept, args.out), phase("decoding", seconds) as progress:
-        flows = [low_noise_flow(dit, x, noise, contexts[2], config) for x in (reference, latents)]
+        flows = [noised_flow(dit, x, noise, contexts[2], config) for x in (reference, latents)]
         del dit  # the decoder needs the memory
         result = vae.decode(latents, progress=progress)
         write_video(args.out, result, fps, record)

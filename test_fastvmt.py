@@ -1179,9 +1179,9 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
     (tmp_path / "o.mp4").unlink()
 
     (tmp_path / "o.mp4").write_text("an older result")
-    for command in (["false"], ["sh", "-c", "head -c 99 > o.mp4; exit 1"]):
+    for body in ("exit 1", 'for last; do :; done; head -c 99 > "$last"; exit 1'):
         script = tmp_path / "ffmpeg"
-        script.write_text("#!/bin/sh\n" + " ".join(map(shlex.quote, command)))
+        script.write_text("#!/bin/sh\n" + body)
         script.chmod(0o755)
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
         with pytest.raises(fastvmt.UserError, match="could not write"):

@@ -24,9 +24,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedule
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Schedule --------------------------------------------------------------------------------------------------------
 
 
 def flow_sigmas(steps, shift=7.0, strength=1.0):
@@ -38,9 +36,7 @@ def flow_sigmas(steps, shift=7.0, strength=1.0):
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DiT
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- DiT -------------------------------------------------------------------------------------------------------------
 
 
 def timestep_embedding(t, dim):
@@ -178,20 +174,16 @@ class DiT(nn.Module):
         context = self.text_embedding(context.to(dtype))  # (B, L, dim)
         return patches.float().flatten(2).transpose(1, 2), time, (modulation, context, rope)
 
-    def run(self, blocks, tokens, shared, checkpoint):
-        for block in blocks:
-            tokens = maybe_recompute(checkpoint, block, tokens, *shared)
-        return tokens
-
-    def forward(self, x, t, context, *, checkpoint=False):
+    def forward(self, x, t, context):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
 
         The context is attended to as it is: pad it with zeros to the length the weights were trained with (512).
-        Raises ValueError when the patches do not divide x. `checkpoint` recomputes each block in the backward pass
-        instead of storing its activations.
+        Raises ValueError when the patches do not divide x.
         """
         tokens, time, shared = self.embed(x, t, context)
-        patches = self.head(self.run(self.blocks, tokens, shared, checkpoint), time)
+        for block in self.blocks:
+            tokens = block(tokens, *shared)
+        patches = self.head(tokens, time)
         pf, ph, pw = self.patch_size
         f, h, w = x.shape[2] // pf, x.shape[3] // ph, x.shape[4] // pw
         return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=pf, q=ph, r=pw)
@@ -199,19 +191,16 @@ class DiT(nn.Module):
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
-        Arguments as in `forward`. Raises ValueError for a block that the model has not.
+        Arguments as in `forward`; `checkpoint` recomputes each block in the backward pass instead of storing its
+        activations. Raises ValueError for a block that the model has not.
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-        tokens, _, shared = self.embed(x, t, context)
-        tokens = self.run(self.blocks[: block - 1], tokens, shared, checkpoint)
-        return maybe_recompute(checkpoint, self.blocks[block - 1], tokens, *shared, only_qk=True)
-
-
-def maybe_recompute(checkpoint, function, *args, **kwargs):
-    if not checkpoint:
-        return function(*args, **kwargs)
-    return recompute(function, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+        out, _, shared = self.embed(x, t, context)
+        for n, layer in enumerate(self.blocks[:block], 1):
+            run = partial(recompute, layer, use_reentrant=False, preserve_rng_state=False) if checkpoint else layer
+            out = run(out, *shared, n == block)  # tokens, of the last block its Q and K
+        return out
 
 
 def activation_bytes(dit, x, block):
@@ -228,46 +217,47 @@ def offload(module, device):
     weights are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
     Returns the module, its other parts on the device.
     """
-    device, blocks = torch.device(device), module.blocks
+    device, host = torch.device(device), []
     cuda = device.type == "cuda"
-    host = [{name: p.pin_memory() if cuda else p for name, p in block.state_dict().items()} for block in blocks]
-    shell = copy.deepcopy(blocks[0]).to("meta")  # runs with the weights that it is handed
-    stream, copies, last, done = torch.cuda.Stream(device) if cuda else None, {}, 0, None
+    for block in module.blocks:
+        host.append({name: p.pin_memory() if cuda else p for name, p in block.state_dict().items()})
+        block.to("meta")  # else host memory would hold the weights twice
+    shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed
+    stream, copies, last = torch.cuda.Stream(device) if cuda else None, {}, 0
 
     def fetch(n):
         with torch.cuda.stream(stream) if cuda else nullcontext():
             copies[n] = {name: p.to(device, non_blocking=True, copy=True) for name, p in host[n].items()}
 
     def run(n, *args, **kwargs):
-        nonlocal last, done
+        nonlocal last
         if n not in copies:
             copies.clear()
             fetch(n)
         weights = copies.pop(n)
         if cuda:
-            torch.cuda.current_stream(device).wait_stream(stream)
+            compute = torch.cuda.current_stream(device)
+            before = compute.record_event()
+            compute.wait_stream(stream)
             for p in weights.values():
-                p.record_stream(torch.cuda.current_stream(device))
-        out = torch.func.functional_call(shell, weights, args, kwargs)
-        following, last = (n - 1 if n < last else n + 1) % len(blocks), n
-        if cuda:
-            if done:
-                done.synchronize()  # the block before has finished, so that its weights are free
-            done = torch.cuda.current_stream(device).record_event()
-        fetch(following)
-        return out
+                p.record_stream(compute)
+        try:
+            return torch.func.functional_call(shell, weights, args, kwargs)
+        finally:  # recomputation in a backward pass leaves by an exception once it has what it needs
+            following, last = (n - 1 if n < last else n + 1) % len(host), n
+            if cuda:
+                before.synchronize()  # the block before has finished, so that its weights are free
+            fetch(following)
 
-    for n, block in enumerate(blocks):
+    for n, block in enumerate(module.blocks):
         block.forward = partial(run, n)
-    for name, child in module.named_children():
-        if name != "blocks":
+    for child in module.children():
+        if child is not module.blocks:
             child.to(device)
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Video VAE: causal in time, streamed frame group by frame group
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Video VAE: causal in time, streamed frame group by frame group --------------------------------------------------
 # `cache` is a plain dict that one streamed pass owns: module -> the last input frames that its next chunk needs.
 
 LATENT_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -494,9 +484,7 @@ class VAE(nn.Module):
         return self.tiled(latents, out, step, (1, 8), tile, stride, progress).clamp_(-1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# UMT5 text encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
 
 
 def position_buckets(length, num_buckets, device=None, max_distance=128):
@@ -511,51 +499,27 @@ def position_buckets(length, num_buckets, device=None, max_distance=128):
     return (relative > 0) * half + torch.where(distance < exact, distance, far)
 
 
-class T5Attention(nn.Module):
-    """Attention without 1/√d scaling and without biases, with an additive position bias."""
-
-    def __init__(self, dim, dim_attn, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v = (nn.Linear(dim, dim_attn, bias=False) for _ in range(3))
-        self.o = nn.Linear(dim_attn, dim, bias=False)
-
-    def forward(self, x, bias):
-        q, k, v = (rearrange(f(x), "b l (n d) -> b n l d", n=self.num_heads) for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.o(rearrange(out, "b n l d -> b l (n d)"))
-
-
-class T5FeedForward(nn.Module):
-    def __init__(self, dim, dim_ffn):
-        super().__init__()
-        self.gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
-        self.fc1, self.fc2 = nn.Linear(dim, dim_ffn, bias=False), nn.Linear(dim_ffn, dim, bias=False)
-
-    def forward(self, x):
-        return self.fc2(self.fc1(x) * self.gate(x))
-
-
-class PositionBias(nn.Module):
-    def __init__(self, num_buckets, num_heads):
-        super().__init__()
-        self.embedding = nn.Embedding(num_buckets, num_heads)
-
-    def forward(self, length):
-        buckets = position_buckets(length, self.embedding.num_embeddings, self.embedding.weight.device)
-        return rearrange(self.embedding(buckets), "q k n -> 1 n q k")
-
-
 class T5Block(nn.Module):
+    """Attention without 1/√d scaling, with an additive position bias, and a gated MLP; no biases."""
+
     def __init__(self, dim, dim_attn, dim_ffn, num_heads, num_buckets):
         super().__init__()
+        linear = partial(nn.Linear, bias=False)
         self.norm1, self.norm2 = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
-        self.attn, self.ffn = T5Attention(dim, dim_attn, num_heads), T5FeedForward(dim, dim_ffn)
-        self.pos_embedding = PositionBias(num_buckets, num_heads)  # UMT5: one in every layer, not shared
+        self.attn = nn.ModuleDict({name: linear(dim, dim_attn) for name in "qkv"} | {"o": linear(dim_attn, dim)})
+        gate = nn.Sequential(linear(dim, dim_ffn), nn.GELU("tanh"))
+        self.ffn = nn.ModuleDict({"gate": gate, "fc1": linear(dim, dim_ffn), "fc2": linear(dim_ffn, dim)})
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(num_buckets, num_heads)})  # UMT5: in every layer
 
     def forward(self, x, mask):
-        x = x + self.attn(self.norm1(x), (self.pos_embedding(x.shape[1]) + mask).to(x.dtype))
-        return x + self.ffn(self.norm2(x))
+        attn, ffn, table = self.attn, self.ffn, self.pos_embedding["embedding"].weight  # table (buckets, N)
+        bias = rearrange(table[position_buckets(x.shape[1], len(table), x.device)], "q k n -> 1 n q k") + mask
+        y = self.norm1(x)
+        q, k, v = (rearrange(attn[name](y), "b l (n d) -> b n l d", n=table.shape[1]) for name in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(x.dtype), scale=1.0)
+        x = x + attn["o"](rearrange(y, "b n l d -> b l (n d)"))
+        y = self.norm2(x)
+        return x + ffn["fc2"](ffn["fc1"](y) * ffn["gate"](y))
 
 
 class TextEncoder(nn.Module):
@@ -577,9 +541,7 @@ class TextEncoder(nn.Module):
         return self.norm(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
 DIT_FILE, VAE_FILE, TEXT_FILE = (
@@ -598,7 +560,7 @@ ARCHITECTURES = {  # for random weights: constructor arguments of DiT, VAE and T
 }  # fmt: skip
 
 
-class ModelError(ValueError):
+class ModelError(Exception):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
 
@@ -643,10 +605,8 @@ def find_model(model):
         read_config(Path(hf_hub_download(repo, "config.json")).parent)  # refuses a wrong model before 17 GB of it
         files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
         return Path(snapshot_download(repo, allow_patterns=files))
-    except ModelError:
-        raise
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"cannot get {repo} from the hub ({reason}); go online, or fetch it elsewhere with `hf download {repo} "
             "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
@@ -717,24 +677,22 @@ ARGUMENT_SHAPES = {  # constructor argument -> (parameter, axis) that tells it
 }  # fmt: skip
 
 
-def check_checkpoint(folder):
+def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
     """Everything about a checkpoint folder that can be wrong, found from headers alone, before any weight is read.
 
     Returns {class: (constructor arguments, {name: reader})}. The architecture is read from the shapes of the weights
     and, for the DiT, from config.json. Raises ModelError.
     """
     folder = Path(folder)
-    config, parts = read_config(folder), {}
-    for cls, files in checkpoint_files(folder).items():
-        tensors = {name: entry for file in files for name, entry in read_tensors(file).items()}
+    config, files, parts = read_config(folder), checkpoint_files(folder), {}
+    for cls in classes:
+        tensors = {name: entry for file in files[cls] for name, entry in read_tensors(file).items()}
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         arguments = {k: shapes[n][axis] for k, (n, axis) in ARGUMENT_SHAPES[cls].items() if n in shapes}
         if cls is not VAE:
             arguments["num_layers"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
         if cls is DiT:
-            arguments["num_heads"] = max(
-                1, arguments.get("dim", 1536) // 128
-            )  # every official Wan 2.1 has heads of 128
+            arguments["num_heads"] = max(1, arguments.get("dim", 1536) // 128)  # all official heads are 128 wide
             arguments |= {k: v for k, v in config.items() if k in inspect.signature(DiT).parameters}
             arguments.setdefault("in_dim", 16)
             in_dims = {16, arguments["in_dim"], shapes.get("patch_embedding.weight", (0, 16))[1]}
@@ -748,7 +706,7 @@ def check_checkpoint(folder):
                   if shapes.get(name, wanted[name]) != wanted[name]]  # fmt: skip
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ModelError(f"{', '.join(f.name for f in files)}: {'; '.join(wrong[:3])}{more}")
+            raise ModelError(f"{', '.join(f.name for f in files[cls])}: {'; '.join(wrong[:3])}{more}")
         parts[cls] = arguments, {name: read for name, (_, read) in tensors.items()}
     return parts
 
@@ -766,8 +724,8 @@ def load(cls, model, device="cpu", dtype=torch.float32, seed=0, progress=iter):
     """
     if model in ARCHITECTURES:
         arguments = ARCHITECTURES[model][(DiT, VAE, TextEncoder).index(cls)]
-        return random_model(cls, arguments, device, dtype if cls is DiT else torch.float32, seed)
-    arguments, readers = check_checkpoint(model)[cls]
+        return random_model(cls, arguments, device, dtype, seed)
+    arguments, readers = check_checkpoint(model, [cls])[cls]
     with torch.device("meta"):
         module = cls(**arguments)
     tensors = {}
@@ -778,21 +736,18 @@ def load(cls, model, device="cpu", dtype=torch.float32, seed=0, progress=iter):
     return module.requires_grad_(False).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
 
 
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt, list of at most 512: HTML-unescaped, white space collapsed, cut, then the end token."""
+    """UMT5 ids of a prompt, list of at most 512: HTML-unescaped, white space collapsed, cut, then the end token.
+
+    tokenizer None is for random models, which have no vocabulary: words are hashed into 4096 ids, the fewest of any.
+    """
     text = " ".join(html.unescape(html.unescape(prompt)).split())
+    if tokenizer is None:
+        return [2 + zlib.crc32(word.encode()) % 4094 for word in text.split()[: TEXT_LENGTH - 1]] + [1]
     return tokenizer.encode(text, add_special_tokens=False).ids[: TEXT_LENGTH - 1] + [tokenizer.token_to_id("</s>")]
-
-
-def hash_tokenize(prompt, vocab):
-    """Ids for the tiny random model, which has no vocabulary: a hash of each word, then the end token."""
-    words = " ".join(html.unescape(prompt).split()).split(" ")[: TEXT_LENGTH - 1]
-    return [2 + zlib.crc32(word.encode()) % (vocab - 2) for word in words if word] + [1]
 
 
 @torch.no_grad()
@@ -800,9 +755,8 @@ def encode_prompts(prompts, model, device="cpu", offloaded=False):
     """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
     encoder = load(TextEncoder, model, "cpu" if offloaded else device)
     encoder = offload(encoder, device) if offloaded else encoder
-    if model in ARCHITECTURES:
-        rows = [hash_tokenize(p, encoder.token_embedding.num_embeddings) for p in prompts]
-    else:
+    tokenizer = None
+    if model not in ARCHITECTURES:
         from tokenizers import Tokenizer
 
         path = Path(model) / TOKENIZER_FILE
@@ -812,12 +766,8 @@ def encode_prompts(prompts, model, device="cpu", offloaded=False):
             raise ModelError(f"{path} is damaged ({error}); delete it and fetch it again") from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        rows = [tokenize(p, tokenizer) for p in prompts]
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+    rows = [torch.tensor(tokenize(prompt, tokenizer), device=device) for prompt in prompts]
+    ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, [torch.ones_like(row) for row in rows]))
     context = encoder(ids, mask).float() * mask[..., None]
     return F.pad(context, (0, 0, 0, TEXT_LENGTH - ids.shape[1]))
 
