@@ -477,7 +477,7 @@ def compare_video(videos, flows):
 
 def peak_memory(device, reset=False):
     """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
@@ -534,6 +534,7 @@ def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, **options)
     """
     meter, rows, device = Meter(dit), {name: [] for name in ABLATIONS}, noise.device
     context, negative, null = contexts
+    grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
 
     def timed(sigmas, config):
         meter.counts.clear()
@@ -556,13 +557,13 @@ def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, **options)
     for name, runs in rows.items():
         (total, guidance, denoising), counts, latents = min(runs, key=lambda run: run[0])
         flow, full = noised_flow(dit, latents, noise, null, config), full or guidance
-        loss = amf_loss(flow_ref, flow, num_frames=noise.shape[2], span=config.span, alpha=config.alpha)
+        loss = amf_loss(flow_ref, flow, num_frames=grid[0], span=config.span, alpha=config.alpha)
         numbers = "{} | {} | {} | {:.2f}".format(*counts)
         yield (f"| {name} | {total:.1f} | {guidance:.1f} | {denoising:.1f} | {guidance / full:.2f} | {numbers} | "
                f"{loss:.4f} | {flow_agreement(flow_ref, flow)[0]:.3f} |")  # fmt: skip
 
     # Where the guidance's time goes: the method's own part, on Q and K as leaves, and the reference pass.
-    t, grid = torch.full((1,), 500.0, device=device), [n // p for n, p in zip(noise.shape[2:], dit.patch_size)]
+    t = torch.full((1,), 500.0, device=device)
     QK = torch.stack([head_average(x[0], grid) for x in dit.qk(noise, t, null, config.block)])
 
     def objective(x):
@@ -728,6 +729,8 @@ def phase(name, seconds):
     print(f"{name} ...", flush=True)
     start = time.perf_counter()
     yield partial(tqdm, desc=name, leave=False, disable=None)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds[name] = time.perf_counter() - start
 
 

@@ -1082,14 +1082,18 @@ def test_user_errors(tmp_path, capsys):
         (["--device", "abacus"], "abacus"),
         (["--compare", tmp_path / "missing" / "c.mp4"], "missing"),
         (["--compile", "--offload"], "exclude"),
+        (["--compare", out], "another output"),
+        (["--window", "wide"], "--window"),
         (["--decode", text], "cannot be read"),
+        (["--decode", text, "--device", "abacus"], "abacus"),
         (["--decode", tmp_path / "no.safetensors"], "cannot be read"),
     ]
     for extra, message in cases:
         code, _, err = run_main(capsys, "--ref", ref, "--out", out, *SMALL, *extra)
         assert code == 2, extra
         assert message in err and len(err.splitlines()) == 1, err
-    assert run_main(capsys, "--prompt", "a fox")[0] == 2
+    code, _, err = run_main(capsys, "--prompt", "a fox")
+    assert code == 2 and "--ref" in err
     assert sorted(tmp_path.rglob("*")) == before
 
 
