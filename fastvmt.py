@@ -2,7 +2,7 @@
 
 Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2); equation, section and appendix
 numbers below are its. Top to bottom: settings, tiles and windows, attention motion flow (AMF), the two losses, the
-step-skip optimizer, the guided sampler, video in and out, command line.
+step-skip optimizer, the guided sampler; then video in and out, measuring and drawing a result's motion, command line.
 
 Everything above the sampler is pure tensor code that needs torch and einops only: copy what you need. Shapes in
 comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame pairs, N tiles (the paper's P),
@@ -244,8 +244,8 @@ def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
 def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
-    objective: x -> scalar, called ⌈steps/interval⌉ times. interval=1 recomputes every step, as
-    eq. 9's full AMF mode does. lr runs linearly from its first to its last value. Returns a new tensor like x.
+    objective: x -> scalar, called ⌈steps/interval⌉ times. interval=1 recomputes every step, as eq. 9's full AMF mode
+    does. lr runs linearly from its first to its last value. Returns a new tensor like x.
     """
     x = x.detach().clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
@@ -728,7 +728,7 @@ def phase(name, seconds):
 
     print(f"{name} ...", flush=True)
     start = time.perf_counter()
-    yield partial(tqdm, desc=name, leave=False, disable=None)
+    yield partial(tqdm, desc=name.split(",")[0], leave=False, disable=None)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[name] = time.perf_counter() - start

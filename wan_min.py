@@ -12,6 +12,7 @@ import html
 import inspect
 import json
 import math
+import os
 import zlib
 from contextlib import nullcontext
 from functools import partial
@@ -594,7 +595,7 @@ def find_model(model):
 
     Raises ModelError when it is none of these, cannot be fetched, or is not a text-to-video Wan.
     """
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # unlike Path.is_dir, it never raises
         return Path(model)
     repo = REPOS.get(model, model)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
@@ -618,8 +619,8 @@ def read_config(folder):
     """config.json of a checkpoint folder, {} where there is none; refuses every model but text-to-video."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        config = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: no valid JSON ({error})") from None
     kind = config.get("model_type", "t2v")
     if kind != "t2v":
@@ -754,8 +755,6 @@ def tokenize(prompt, tokenizer):
 @torch.no_grad()
 def encode_prompts(prompts, model, device="cpu", offloaded=False):
     """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
-    encoder = load(TextEncoder, model, "cpu" if offloaded else device)
-    encoder = offload(encoder, device) if offloaded else encoder
     tokenizer = None
     if model not in ARCHITECTURES:
         from tokenizers import Tokenizer
@@ -767,6 +766,8 @@ def encode_prompts(prompts, model, device="cpu", offloaded=False):
             raise ModelError(f"{path} is damaged ({error}); delete it and fetch it again") from None
         tokenizer.no_padding()
         tokenizer.no_truncation()
+    encoder = load(TextEncoder, model, "cpu" if offloaded else device)
+    encoder = offload(encoder, device) if offloaded else encoder
     rows = [torch.tensor(tokenize(prompt, tokenizer), device=device) for prompt in prompts]
     ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, [torch.ones_like(row) for row in rows]))
     context = encoder(ids, mask).float() * mask[..., None]
