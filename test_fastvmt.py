@@ -3,6 +3,7 @@
 pip install -r requirements.txt pytest diffusers transformers && python -m pytest -q
 """
 
+import argparse
 import dataclasses
 import html
 import itertools
@@ -129,6 +130,14 @@ def test_amf_gradient_equals_that_of_the_equations():
             total = total + (K[j].flatten(0, 1)[index[tile]].mean(0) * b[p, tile]).sum()
     for ours, true in zip(grads, torch.autograd.grad(total, (Q, K))):
         close(ours, true, 1e-10)
+
+
+def test_amf_keeps_no_gathered_keys_for_the_backward_pass():
+    Q, K = (randn(4, 9, 8, 16, seed=s).requires_grad_() for s in (1, 2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        flow, key_mean = fastvmt.attention_motion_flow(Q, K, span=3, window=7)
+    assert sum(kept) < 6 * 6 * 49 * 16  # pairs, tiles, window, D
 
 
 def test_tiles_partition_the_grid_and_return():
@@ -380,6 +389,11 @@ def test_offload_streams_two_blocks_at_most_and_changes_nothing(clip, monkeypatc
     assert torch.equal(*results)
     block = sum(p.numel() for p in plain.blocks[0].parameters())
     assert max(peak) == 2 * block and len(peak) > 50
+    peak.clear()
+    q, _ = streamed.qk(noise.clone().requires_grad_(), torch.ones(1), context, 4, checkpoint=True)
+    q.sum().backward()
+    assert len(peak) <= 11 * len(list(plain.blocks[0].parameters()))  # 8 runs; the next block is mostly there already
+    assert all(p.is_meta for p in streamed.blocks.parameters())
 
 
 def test_activation_estimate():
@@ -400,6 +414,10 @@ def test_activation_estimate():
                 _ = dit.qk(x.requires_grad_(), torch.ones(1), randn(1, 8, 4096), block)
             totals.append(sum(kept.values()))
         assert totals[1] - totals[0] == pytest.approx(wan_min.activation_bytes(dit, x, 3), rel=0.1)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _ = dit.qk(x, torch.ones(1), randn(1, 8, 4096), 3, checkpoint=True)
+        assert sum(kept.values()) < 0.5 * totals[1]
 
 
 def test_plain_sampling_is_euler_with_cfg(dit, clip):
@@ -418,6 +436,9 @@ def test_plain_sampling_is_euler_with_cfg(dit, clip):
     assert torch.equal(ours, plain)
     x, sigmas = noise, wan_min.flow_sigmas(1)
     close(fastvmt.sample(dit, x, sigmas, context, None, cfg_scale=1), x - dit(x, torch.tensor([1000.0]), context), 1e-5)
+    opposite = fastvmt.sample(dit, x, sigmas, context, negative, cfg_scale=0)  # the negative prompt alone
+    close(opposite, x - dit(x, torch.tensor([1000.0]), negative), 1e-5)
+    assert fastvmt.sample(dit, x.bfloat16(), sigmas, context, None, cfg_scale=1).dtype == torch.float32
 
 
 def test_guidance_lowers_the_loss(dit, clip):
@@ -471,8 +492,25 @@ def test_sampler_features_of_the_reference(clip):
         close(of_result[0][0], (1 - sigmas[0]) * reference + sigmas[0] * noise, 1e-5)
 
 
+def test_features_and_losses_follow_the_settings(dit, clip):
+    noise, reference, context, _, null = clip
+    config = MotionConfig(block=2, tile=(2, 3), window=5, span=3, tau=3.0, center="argmax", alpha=0.5, squared=True)
+    for center, x, sigma, text in (("argmax", reference, 0.3, context), ("soft", noise, 0.7, null)):
+        flow, key_mean = fastvmt.motion_features(dit, x, sigma, text, dataclasses.replace(config, center=center))
+        q, k = (part[0].mean(1).view(5, 6, 8, 24) for part in dit.qk(x, torch.tensor([1000 * sigma]), text, 2))
+        true = fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=5, tau=3.0, center=center)
+        close(flow, true[0], 1e-4)
+        close(key_mean, true[1], 1e-4)
+    shown = fastvmt.noised_flow(dit, reference, noise, null, config)  # at noise level 0.1
+    true = fastvmt.motion_features(dit, fastvmt.match_noise(reference, noise, 0.1), 0.1, null, config)[0]
+    assert torch.equal(shown, true)
+    _, amf, window = fastvmt.motion_losses(shown, flow, key_mean, num_frames=5, config=config)
+    assert amf == fastvmt.amf_loss(shown, flow, num_frames=5, span=3, alpha=0.5)
+    assert window == fastvmt.window_loss(key_mean, num_frames=5, span=3, squared=True)
+
+
 def test_guided_steps():
-    for steps, fraction, guided in [(50, 0.2, 10), (50, 0.0, 0), (4, 0.2, 1), (15, 0.2, 3), (7, 1.0, 7)]:
+    for steps, fraction, guided in [(50, 0.2, 10), (50, 0.0, 0), (4, 0.2, 1), (100, 0.07, 7), (7, 1.0, 7)]:
         assert fastvmt.guided_steps(steps, MotionConfig(guided_fraction=fraction)) == guided
 
 
@@ -528,6 +566,9 @@ def test_dit_equals_diffusers(diffusers, heads, head_dim):
 
     dim = heads * head_dim
     ours = perturbed(wan_min.random_model(wan_min.DiT, TINY | dict(dim=dim, num_heads=heads, num_layers=2)))
+    for part in (ours.patch_embedding, ours.blocks[0].self_attn.q, ours.blocks[0].self_attn.o):
+        for p in part.parameters():
+            p.mul_(1e-3)  # so that the eps of every norm shows
     true = diffusers.WanTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=2,
         cross_attn_norm=True, rope_max_seq_len=32)  # fmt: skip
@@ -563,6 +604,19 @@ def test_vae_streams_and_sees_only_the_past():
     close(vae.decode(latents[:, :, :3]), vae.decode(latents)[:, :, :9], 1e-5)
     with pytest.raises(ValueError, match="4k\\+1"):
         vae.encode(video[:, :, :12])
+    with pytest.raises(ValueError, match="multiples of 8"):
+        vae.encode(video[..., :12])
+    conv, cache = wan_min.CausalConv3d(2, 2, (3, 3, 3)), {}
+    conv(randn(1, 2, 8, 4, 4), cache)
+    assert cache[conv].untyped_storage().nbytes() == 4 * cache[conv].numel()  # the rest of the chunk is let go
+    assert torch.equal(wan_min.ChannelNorm(4, 2)(torch.zeros(1, 4, 2, 2)), torch.zeros(1, 4, 2, 2))
+
+
+def test_vae_tiles_by_default(monkeypatch):
+    vae, true, calls = wan_min.random_model(wan_min.VAE, dict(dim=4)), wan_min.blend_tiles, []
+    monkeypatch.setattr(wan_min, "blend_tiles", lambda *args: calls.append(args[1:3]) or true(*args))
+    vae.decode(vae.encode(randn(1, 3, 1, 16, 16)))
+    assert calls == [(30, 15), (52, 26), (240, 120), (416, 208)]
 
 
 def test_vae_tiles_blend_to_the_untiled_result():
@@ -572,6 +626,7 @@ def test_vae_tiles_blend_to_the_untiled_result():
             assert len(weights) == min(tile, size) and (weights > 0).all()
             total[start : start + len(weights)] += weights
         close(total, torch.ones(size), 1e-6)
+    assert wan_min.blend_tiles(10, 6, 4)[1][1].tolist() == pytest.approx([0.25, 0.75, 1, 1, 1, 1])
     vae = wan_min.random_model(wan_min.VAE, dict(dim=4))
     for part in (vae.encoder, vae.decoder):  # attention over a whole tile cannot equal that over the whole frame
         part.middle[1].proj.weight.zero_()
@@ -1247,8 +1302,15 @@ def test_comparison_shows_the_known_motion_of_the_demo():
         patches = F.pixel_unshuffle(clip[0, :, ::4].transpose(0, 1), 8).permute(0, 2, 3, 1)  # a token is 8×8 pixels
         features = F.normalize(patches - patches.mean(), dim=-1) * 12
         flows.append(fastvmt.attention_motion_flow(features, features, span=2, window=9, tau=3.0, center="argmax")[0])
+    for flow in flows:
+        flow[4:] = math.nan  # pairs of a larger offset are not for showing
     picture = fastvmt.compare_video([video, video.flip(-1)], flows)
+    assert picture.isfinite().all()
     assert picture.shape == (1, 3, 17, 192, 288)
+    middle = picture[0, :, 0, 96 + 12, 288 - 12]  # of the wheel: white; its right end is red
+    assert (
+        middle.min() > 0.8 and (picture[0, :, 0, 96 + 12, 288 - 4] - torch.tensor([1.0, -0.6, -0.6])).abs().max() < 0.3
+    )
     close(picture[..., :96, :144], video, 1e-6)
     close(picture[..., :96, 144:], video.flip(-1), 1e-6)
     top, left = (round((0.1 + 0.8 * 4 / 16) * (n - 32)) for n in (96, 144))  # of the square in frame 4
@@ -1343,6 +1405,45 @@ def test_memory_flags(tmp_path, capsys, monkeypatch):
         videos.append(fastvmt.read_video(tmp_path / "o.mp4", 81, (32, 48))[0])
     assert seen == [False, True, False, True, True]
     assert all(torch.equal(video, videos[0]) for video in videos)
+
+
+def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def encode(prompts, model, device, offloaded):
+        seen["prompts"] = prompts
+        return torch.zeros(3, 1, 64)
+
+    def sample(dit, noise, sigmas, context, negative, **kwargs):
+        seen.update(kwargs)
+        return torch.zeros_like(noise)
+
+    monkeypatch.setattr(wan_min, "encode_prompts", encode)
+    monkeypatch.setattr(fastvmt, "sample", sample)
+    monkeypatch.setattr(fastvmt, "free_memory", lambda device: seen["free"])
+    monkeypatch.setattr(wan_min, "activation_bytes", lambda *args: 80.0)
+    args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5", "--out", tmp_path / "o.mp4"]
+    for flags, negative, guided, free, checkpoint in (
+        ([], fastvmt.NEGATIVE_PROMPT, 0.2, 101, False),
+        (["--negative-prompt", ""], "", 0.2, 99, True),
+        (["--negative-prompt", "blur", "--no-transfer"], "blur", 0.0, 101, False),
+    ):
+        seen["free"] = free
+        assert run_main(capsys, *args, *flags)[0] == 0
+        assert seen["prompts"] == ["a red fox", negative, ""]
+        assert seen["config"].guided_fraction == guided and seen["checkpoint"] is checkpoint
+
+
+def test_size_and_rate_of_the_reference(tmp_path, capsys):
+    portrait = write_clip(tmp_path / "in.mp4", size=(80, 48))
+    arguments = argparse.Namespace(ref=str(portrait), model="tiny", size=(42, 75), frames=12)
+    video, fps = fastvmt.read_reference(arguments)
+    assert video.shape == (1, 3, 9, 48, 80) and fps == 12 and "48x80 and 9 frames" in capsys.readouterr().out
+    arguments.size = None  # now turned like the reference, and no notice but for the frames
+    assert fastvmt.read_reference(arguments)[0].shape == (1, 3, 9, 112, 64)
+    arguments.model, arguments.ref = "1.3B", "demo"
+    video, fps = fastvmt.read_reference(arguments)
+    assert video.shape == (1, 3, 9, 480, 832) and fps == 16
 
 
 def test_readme_code_runs():
