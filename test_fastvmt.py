@@ -1415,7 +1415,7 @@ def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch)
         return torch.zeros(3, 1, 64)
 
     def sample(dit, noise, sigmas, context, negative, **kwargs):
-        seen.update(kwargs)
+        seen.update(kwargs, dtype=dit.blocks[0].self_attn.q.weight.dtype)
         return torch.zeros_like(noise)
 
     monkeypatch.setattr(wan_min, "encode_prompts", encode)
@@ -1425,13 +1425,14 @@ def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch)
     args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5", "--out", tmp_path / "o.mp4"]
     for flags, negative, guided, free, checkpoint in (
         ([], fastvmt.NEGATIVE_PROMPT, 0.2, 101, False),
-        (["--negative-prompt", ""], "", 0.2, 99, True),
+        (["--negative-prompt", "", "--dtype", "bf16"], "", 0.2, 99, True),
         (["--negative-prompt", "blur", "--no-transfer"], "blur", 0.0, 101, False),
     ):
         seen["free"] = free
         assert run_main(capsys, *args, *flags)[0] == 0
         assert seen["prompts"] == ["a red fox", negative, ""]
         assert seen["config"].guided_fraction == guided and seen["checkpoint"] is checkpoint
+        assert seen["dtype"] == (torch.bfloat16 if "bf16" in flags else torch.float32)
 
 
 def test_size_and_rate_of_the_reference(tmp_path, capsys):
