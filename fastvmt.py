@@ -164,7 +164,7 @@ def expected_positions(queries, key_rows, i, j, origins, grid, size, tau):
     return einsum(logits.softmax(-2), row_column(index, W).to(logits.dtype), "p n m t, p n m c -> p n t c")
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**24):
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
     Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or

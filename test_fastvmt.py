@@ -1350,13 +1350,14 @@ def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
             done, _, err = run_main(capsys, *args)
         assert done == code and text in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
-    command = [sys.executable, "-u", HERE / "fastvmt.py", *map(str, args), "--steps", "5000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-u", HERE / "fastvmt.py", *map(str, args), "--steps", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("sampling"):
                 process.send_signal(signal.SIGINT)
                 break
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == "fastvmt: interrupted\n" and not list(tmp_path.iterdir())
 
 
