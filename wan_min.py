@@ -246,7 +246,7 @@ def offload(module, device):
         try:
             return torch.func.functional_call(shell, weights, args, kwargs)
         finally:  # recomputation in a backward pass leaves by an exception once it has what it needs
-            following, last = (n - 1 if n < last else n + 1) % len(host), n
+            following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
             if cuda:
                 before.synchronize()  # the block before has finished, so that its weights are free
             fetch(following)
