@@ -450,16 +450,20 @@ def flow_color(flow, scale):
     return (2 - 6 * distance).clamp(0, 1), (flow.norm(dim=-1, keepdim=True) / scale).clamp(max=1)
 
 
-def compare_video(videos, flows):
+def compare_video(videos, flows, num_frames):
     """Clips side by side, and under each its own AMF as colours over the dimmed frames, to one common scale.
 
-    videos: list of (1, 3, T, h, w) in [-1, 1]; flows: list of their (P, H, W, 2), of which the first, to the next
-    latent frame, are shown. The wheel in the corner is the legend. Returns (1, 3, T, 2h, n·w).
+    videos: list of (1, 3, T, h, w) in [-1, 1]; flows: list of their (P, H, W, 2) over num_frames latent frames, of
+    which the first, to the next latent frame, are shown. The wheel in the corner is the legend. Clips under 240 rows
+    are shown n times as large. Returns (1, 3, T, 2n·h, clips·n·w).
     """
+    zoom = math.ceil(240 / videos[0].shape[3])
+    videos = [video.float().cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4) for video in videos]
     _, _, T, h, w = videos[0].shape
-    last = (T - 1) // 4 - 1  # of the flows from one latent frame to the next
+    last, stride = num_frames - 2, (T - 1) // (num_frames - 1)
     scale = max(torch.cat([flow[: last + 1].flatten(0, 2) for flow in flows]).norm(dim=-1).quantile(0.99).item(), 0.5)
-    shown = torch.tensor([min((t + 3) // 4, last) for t in range(T)])  # latent frame t ends at video frame 4t
+    # Latent frame t ends at video frame 4t, or, of the toy, at t.
+    shown = torch.tensor([min((t + stride - 1) // stride, last) for t in range(T)])
     axis = torch.linspace(-1.2, 1.2, min(h, w) // 4)
     color, strength = flow_color(torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1), 1)
     disc = (axis[:, None] ** 2 + axis**2 <= 1)[..., None]
@@ -468,10 +472,10 @@ def compare_video(videos, flows):
     for video, flow in zip(videos, flows):
         color, strength = (F.interpolate(x.cpu().permute(0, 3, 1, 2), (h, w), mode="nearest")[shown].transpose(0, 1)
                            for x in flow_color(flow[: last + 1], scale))  # fmt: skip
-        gray = video[0].float().cpu().mean(0, keepdim=True) * 0.3 - 0.5
+        gray = video[0].mean(0, keepdim=True) * 0.3 - 0.5
         below = gray + strength * (color * 2 - 1 - gray)
         below[:, :, : len(axis), -len(axis) :] = wheel[:, None]
-        columns.append(torch.cat([video[0].float().cpu(), below], dim=2))
+        columns.append(torch.cat([video[0], below], dim=2))
     return torch.cat(columns, dim=3)[None]
 
 
@@ -522,45 +526,56 @@ ABLATIONS = {
     "w/o window loss": {"lambda_window": 0.0},
     "w/o step-skip": {"interval": 1},
     "w/o window and step-skip": {"window": None, "interval": 1},
+    "argmax centre": {"center": "argmax"},
     "clean reference": {"ref_noise": "clean"},
     "no transfer": {"guided_fraction": 0.0},
 }
 
 
-def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, **options):
+def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, cases=(), **options):
     """Table 1 of the paper on this machine: markdown lines of every ablation on the same reference, prompt and seed.
 
     After a warm-up the rows are run in turn, `rounds` times; each row's times are those of its fastest round.
+    cases: of a world whose motion is known, (noise, contexts, reference, function that tells the error of latents);
+    they add rows for the other blocks and a last column with the mean and the standard deviation of the errors.
     """
-    meter, rows, device = Meter(dit), {name: [] for name in ABLATIONS}, noise.device
-    context, negative, null = contexts
+    blocks = {f"block {n}": {"block": n} for n in range(1, len(dit.blocks) + 1) if n != config.block and cases}
+    ablations, meter, device = ABLATIONS | blocks, Meter(dit), noise.device
+    rows, (context, _, null) = {name: [] for name in ablations}, contexts
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
+
+    def run(noise, sigmas, contexts, reference, config, **more):
+        return sample(meter, noise, sigmas, *contexts[:2], reference=reference, null=contexts[2], config=config,
+                      **more, **options)  # fmt: skip
 
     def timed(sigmas, config):
         meter.counts.clear()
         peak_memory(device, reset=True)
         start, gradients = clock(device), []
-        latents = sample(meter, noise, sigmas, context, negative, reference=reference, null=null, config=config,
-                         callback=lambda step, x, losses: gradients.extend(losses), **options)  # fmt: skip
+        latents = run(noise, sigmas, contexts, reference, config,
+                      callback=lambda step, x, losses: gradients.extend(losses))  # fmt: skip
         total, denoising = clock(device) - start, meter.counts["seconds"]
         counts = len(gradients), meter.counts["forwards"], meter.counts["backwards"], peak_memory(device) / 2**30
         return (total, total - denoising, denoising), counts, latents
 
     timed(sigmas[-2:], replace(config, guided_fraction=1.0, inner_steps=1))
     for _ in range(rounds):
-        for name, change in ABLATIONS.items():
+        for name, change in ablations.items():
             rows[name].append(timed(sigmas, replace(config, **change)))
     yield "| | total s | guidance s | denoising s | guidance ratio | gradients | block forwards | block backwards | " \
-          "peak GiB | L_AMF | flow cosine |"  # fmt: skip
-    yield "|---" + "|--:" * 10 + "|"
+          "peak GiB | L_AMF | flow cosine |" + " motion error, px a frame |" * bool(cases)  # fmt: skip
+    yield "|---" + "|--:" * (11 if cases else 10) + "|"
     flow_ref, full = noised_flow(dit, reference, noise, null, config), None
     for name, runs in rows.items():
         (total, guidance, denoising), counts, latents = min(runs, key=lambda run: run[0])
         flow, full = noised_flow(dit, latents, noise, null, config), full or guidance
         loss = amf_loss(flow_ref, flow, num_frames=grid[0], span=config.span, alpha=config.alpha)
         numbers = "{} | {} | {} | {:.2f}".format(*counts)
+        changed = replace(config, **ablations[name])
+        errors = torch.tensor([error(run(x, sigmas, texts, ref, changed)) for x, texts, ref, error in cases])
         yield (f"| {name} | {total:.1f} | {guidance:.1f} | {denoising:.1f} | {guidance / full:.2f} | {numbers} | "
-               f"{loss:.4f} | {flow_agreement(flow_ref, flow)[0]:.3f} |")  # fmt: skip
+               f"{loss:.4f} | {flow_agreement(flow_ref, flow)[0]:.3f} |"
+               + (f" {errors.mean():.2f} ± {errors.std():.2f} |" if cases else ""))  # fmt: skip
 
     # Where the guidance's time goes: the method's own part, on Q and K as leaves, and the reference pass.
     t = torch.full((1,), 500.0, device=device)
@@ -592,7 +607,10 @@ NEGATIVE_PROMPT = (
 PRESETS = {  # a model's own defaults, where they are not the paper's
     "tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3},
     "small": {"canvas": (320, 480), "frames": 17, "block": 8},
-}
+    "toy": {"canvas": (48, 66), "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 2.0, "negative_prompt": "",
+            "compare": Path("compare.mp4"), "block": 5, "tile": (2, 2), "window": 5, "tau": 3.0, "lambda_window": 0.1,
+            "guided_fraction": 0.5, "lr": (0.015, 0.01)},
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -679,6 +697,11 @@ def parse_arguments(argv):
     return build_parser(PRESETS.get(known.model, {})).parse_args(argv)
 
 
+def motion_config(args):
+    values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
+    return MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
 def free_memory(device):
     """Bytes that are free on the device; of a CPU, half of what it has."""
     if device.type == "cuda":
@@ -703,19 +726,42 @@ def check_output(path, others=()):
 
 def read_reference(args):
     """The reference as (1, 3, T, H, W) in [-1, 1] and its frame rate, at the size and length asked for."""
-    size = args.size or PRESETS.get(args.model, {}).get("canvas", (480, 832))
-    rounded = tuple(round(side / 16) * 16 for side in size)
-    frames = (args.frames - 1) // 4 * 4 + 1
-    if (rounded, frames) != (size, args.frames):
-        print(f"rounded to {rounded[0]}x{rounded[1]} and {frames} frames (multiples of 16, 4k+1)")
+    size, frames, toy = PRESETS.get(args.model, {}).get("canvas", (480, 832)), (args.frames - 1) // 4 * 4 + 1, None
+    if args.model == "toy":
+        toy = load_toy()
+        if args.size or frames > toy.FRAMES:
+            raise UserError(f"the toy makes at most {toy.FRAMES} frames, all of {size[0]}x{size[1]} (leave out --size)")
+    elif args.size:
+        size = tuple(round(side / 16) * 16 for side in args.size)
+    if (size, frames) != (args.size or size, args.frames):
+        print(f"rounded to {size[0]}x{size[1]} and {frames} frames (multiples of 16, 4k+1)")
     if args.ref == "demo":
-        return demo_video(frames, rounded), 16.0
-    return read_video(args.ref, frames, rounded, turn=args.size is None)
+        return (toy.demo_video()[:, :, :frames], 8.0) if toy else (demo_video(frames, size), 16.0)
+    return read_video(args.ref, frames, size, turn=not args.size and not toy)
+
+
+def load_toy():
+    try:
+        from toy import train as toy
+    except ImportError:
+        raise UserError("--model toy needs the folder toy/ beside fastvmt.py") from None
+    return toy
+
+
+def load_codec(model, device):
+    """What has the VAE's encode and decode: the VAE, or the toy's stand-in."""
+    return load_toy() if model == "toy" else wan_min.load(wan_min.VAE, model, device)
+
+
+def load_dit(model, device, dtype, progress=iter):
+    if model == "toy":
+        return wan_min.cast(load_toy().load(), dtype).to(device)
+    return wan_min.load(wan_min.DiT, model, device, dtype, progress=progress)
 
 
 def find_model(args):
     if not args.random_weights and args.model not in ("tiny", "small"):
-        return wan_min.find_model(args.model)
+        return "toy" if args.model == "toy" else wan_min.find_model(args.model)
     if args.model not in wan_min.ARCHITECTURES:
         raise UserError(f"--random-weights needs --model {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
     return args.model
@@ -767,7 +813,7 @@ def run_decode(args):
         saved, fps = argparse.Namespace(**json.loads(metadata["record"])["settings"]), float(metadata["fps"])
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"latents {args.decode} cannot be read ({error})") from None
-    vae = wan_min.load(wan_min.VAE, find_model(saved), args.device)
+    vae = load_codec(find_model(saved), args.device)
     with latents_kept(args.decode, args.out), phase("decoding", {}) as progress:
         write_video(args.out, vae.decode(latents.to(args.device), progress=progress), fps, metadata["record"])
     print(f"wrote {args.out}")
@@ -793,9 +839,9 @@ def run(args):
             check_output(path, others)
     video, fps = read_reference(args)
     fps, model = args.fps or fps, find_model(args)
-    config = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
-    config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
-    layers = wan_min.dit_layers(model)
+    config = motion_config(args)
+    toy = load_toy() if model == "toy" else None
+    layers = toy.ARCHITECTURE["num_layers"] if toy else wan_min.dit_layers(model)
     if config.block > layers:
         raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
     if model in wan_min.ARCHITECTURES:
@@ -803,19 +849,27 @@ def run(args):
 
     seconds, host = {}, "cpu" if args.offload else device
     peak_memory(device, reset=True)
-    if args.random_weights:
+    prompts = [args.prompt, NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt, ""]
+    if toy:
+        known, unknown = toy.known_words(args.prompt)
+        vocabulary = f"the toy does not know {', '.join(unknown)}; it knows {', '.join(toy.WORDS)}"
+        if not known:
+            raise UserError(vocabulary)
+        if unknown:
+            print(vocabulary)
+        contexts = toy.encode_prompts(prompts).to(device).split(1)
+    elif args.random_weights:
         contexts = wan_min.random_contexts(3, model, device).split(1)
     else:
         with phase("encoding the prompts", seconds):
-            prompts = [args.prompt, NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt, ""]
             contexts = wan_min.encode_prompts(prompts, model, device, offloaded=args.offload).split(1)
-    vae = wan_min.load(wan_min.VAE, model, device)
+    vae = load_codec(model, device)
     text = f"encoding the reference, {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps"
     with phase(text, seconds) as progress:
         reference = vae.encode(video.to(device), progress=progress)
     with phase("loading the DiT", seconds) as progress:
         dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-        dit = wan_min.load(wan_min.DiT, model, host, dtype, progress=progress)
+        dit = load_dit(model, host, dtype, progress)
         dit = wan_min.offload(dit, device) if args.offload else dit
         for block in dit.blocks if args.compile else ():
             block.compile()
@@ -825,12 +879,13 @@ def run(args):
     checkpoint = args.checkpoint == "on" or args.offload or args.checkpoint == "auto" and scarce
     options = {"cfg_scale": args.cfg_scale, "checkpoint": checkpoint}
     if args.ablate:
-        for line in ablate(dit, noise, sigmas, contexts, reference, config, **options):
+        cases = toy.held_out_cases(args.seed, noise.device) if toy else ()
+        for line in ablate(dit, noise, sigmas, contexts, reference, config, cases=cases, **options):
             print(line, flush=True)
         return
 
     config = replace(config, guided_fraction=0.0) if args.no_transfer else config
-    losses, guided = [], guided_steps(args.steps, config)
+    losses, guided, plain = [], guided_steps(args.steps, config), None
 
     def callback(step, x, step_losses):
         losses.append(step_losses)
@@ -844,21 +899,29 @@ def run(args):
     with phase(text, seconds) as progress, progress(total=args.steps) as steps:
         latents = sample(dit, noise, sigmas, *contexts[:2], reference=reference, null=contexts[2], config=config,
                          callback=callback, **options)  # fmt: skip
+    if toy:  # cheap enough to show what the guidance changed
+        with phase("plain generation", seconds):
+            plain = sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale)
     record, kept = provenance(args, config), args.out.with_suffix(".latents.safetensors")
     save_file({"latents": latents.cpu()}, kept, metadata={"record": record, "fps": str(fps)})
     with latents_kept(kept, args.out), phase("decoding", seconds) as progress:
-        flows = [noised_flow(dit, x, noise, contexts[2], config) for x in (reference, latents)]
+        shown = [reference, latents] if plain is None else [reference, plain, latents]
+        flows = [noised_flow(dit, x, noise, contexts[2], config) for x in shown]
         del dit  # the decoder needs the memory
         result = vae.decode(latents, progress=progress)
         write_video(args.out, result, fps, record)
+    videos = [video, result] if plain is None else [video, vae.decode(plain), result]
     if args.compare:
-        write_video(args.compare, compare_video([video, result], flows), fps, record)
-    cosine, error = flow_agreement(*flows)
+        write_video(args.compare, compare_video(videos, flows, noise.shape[2]), fps, record)
+    cosine, error = flow_agreement(flows[0], flows[-1])
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     print("seconds: " + ", ".join(f"{name.split(',')[0]} {value:.1f}" for name, value in seconds.items()))
     print(f"gradients: {sum(map(len, losses))} for {guided * config.inner_steps} inner steps; "
           f"peak memory: {peak_memory(device) / 2**30:.2f} GiB")  # fmt: skip
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
+    if toy:
+        moved = [toy.describe_motion(clip[0].cpu()) for clip in videos]
+        print("motion asked for: {}; of plain generation: {}; that arrived: {}".format(*moved))
 
 
 def main(argv=None):

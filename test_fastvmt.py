@@ -28,6 +28,8 @@ import torch.nn.functional as F
 import fastvmt
 import wan_min
 from fastvmt import MotionConfig
+from toy import effect
+from toy import train as toy
 
 HERE = Path(__file__).parent
 
@@ -1304,9 +1306,10 @@ def test_comparison_shows_the_known_motion_of_the_demo():
         flows.append(fastvmt.attention_motion_flow(features, features, span=2, window=9, tau=3.0, center="argmax")[0])
     for flow in flows:
         flow[4:] = math.nan  # pairs of a larger offset are not for showing
-    picture = fastvmt.compare_video([video, video.flip(-1)], flows)
+    picture = fastvmt.compare_video([video, video.flip(-1)], flows, 5)
     assert picture.isfinite().all()
-    assert picture.shape == (1, 3, 17, 192, 288)
+    assert picture.shape == (1, 3, 17, 3 * 192, 3 * 288)  # under 240 rows: enlarged
+    picture = picture[..., 1::3, 1::3]
     middle = picture[0, :, 0, 96 + 12, 288 - 12]  # of the wheel: white; its right end is red
     assert (
         middle.min() > 0.8 and (picture[0, :, 0, 96 + 12, 288 - 4] - torch.tensor([1.0, -0.6, -0.6])).abs().max() < 0.3
@@ -1362,26 +1365,13 @@ def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
 
 
 def test_ablation_counts(capsys):
-    args = [
-        "--ref",
-        "demo",
-        *SMALL,
-        "--inner-steps",
-        "7",
-        "--steps",
-        "3",
-        "--size",
-        "48x64",
-        "--frames",
-        "9",
-        "--ablate",
-    ]
+    args = ["--ref", "demo", *SMALL, *"--inner-steps 7 --steps 3 --size 48x64 --frames 9 --ablate".split()]
     code, text, err = run_main(capsys, *args)
     assert code == 0 and not err, err
     rows = {cells[1]: cells[2:-1] for line in text.splitlines() if line.startswith("|")
             for cells in [[cell.strip() for cell in line.split("|")]]}  # fmt: skip
     gradients = {"full method": 3, "w/o sliding window": 3, "w/o window loss": 3, "w/o step-skip": 7,
-                 "w/o window and step-skip": 7, "clean reference": 3, "no transfer": 0}  # fmt: skip
+                 "w/o window and step-skip": 7, "argmax centre": 3, "clean reference": 3, "no transfer": 0}  # fmt: skip
     for name, count in gradients.items():  # 3 steps of 2 velocities through 4 blocks; block 3 is read
         row = rows[name]
         assert row[4:7] == [str(count), str(24 + 2 * (count + (count > 0))), str(2 * count)], (name, row)
@@ -1446,6 +1436,148 @@ def test_size_and_rate_of_the_reference(tmp_path, capsys):
     arguments.model, arguments.ref = "1.3B", "demo"
     video, fps = fastvmt.read_reference(arguments)
     assert video.shape == (1, 3, 9, 480, 832) and fps == 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def corner_scene(**changes):
+    scene = {"scale": "coarse", "palette": "blue-white", "texture": "blobs", "camera": (0.0, 0.0, 0.0, 0.0)}
+    return scene | changes
+
+
+def test_world_moves_as_its_scenes_say():
+    def frames(**changes):
+        return toy.render(corner_scene(**changes), torch.Generator().manual_seed(3))
+
+    still = frames()
+    assert still.shape == (3, 9, 48, 66) and still.abs().max() <= 1 and torch.equal(still[:, 0], still[:, 8])
+    pan = frames(camera=(1.0, -2.0, 0.0, 0.0))  # a row down and two columns left, each frame
+    close(pan[:, 1, 1:, :-2], pan[:, 0, :-1, 2:], 1e-4)
+    close(pan[:, 4], still[:, 4], 1e-6)
+    zoom = frames(camera=(0.0, 0.0, math.log(3) / 4, 0.0))  # at the end three times as large as in the middle
+    close(zoom[:, 8, 1::3, 1::3], zoom[:, 4, 16:32, 22:44], 1e-4)
+    turn = frames(camera=(0.0, 0.0, 0.0, math.pi / 8))  # a quarter turn from the middle to the end, counter-clockwise
+    close(turn[:, 8, :, 9:57], turn[:, 4, :, 9:57].rot90(1, (1, 2)), 1e-4)
+    sprite = frames(color="red", shape="disc", striped=False, velocity=(0.5, -1.0), place=(2.0, 3.0))
+    weights = toy.sprite_weights(sprite)
+    for n in range(9):
+        rows, cols = torch.nonzero(weights[n] > 0.5).double().mean(0).tolist()
+        assert rows == pytest.approx(23.5 + 2 + 0.5 * (n - 4), abs=0.3)
+        assert cols == pytest.approx(32.5 + 3 - 1.0 * (n - 4), abs=0.3)
+
+
+def test_motion_is_measured_as_rendered():
+    classes, right = effect.texture_classes(240), []
+    for n, camera in enumerate(["pan", "zoom", "rotation", "still"] * 3):
+        video, scene, _ = toy.held_out(n, camera, camera == "still")
+        assert toy.motion_error(video, scene) < (0.5 if scene["texture"] == "stripes" else 0.05), (n, scene)
+        right.append(effect.shows(video, toy.describe(scene), classes))
+        other = scene | {"camera": tuple(x + d for x, d in zip(scene["camera"], (0.6, 0.8, 0.0, 0.0)))}
+        assert toy.motion_error(video, other) == pytest.approx(0.5 if camera == "still" else 1, abs=0.3)
+    assert sum(right) >= 11
+    assert not effect.shows(video, "fine green-white blobs, a red disc", classes)
+
+
+def test_motion_error_by_hand():
+    """The flow of a camera over the frame, and a missing sprite, which counts as one at rest."""
+    video, scene, _ = toy.held_out(5, "still", False)
+    for camera in ((0, 0, 0.01, 0), (0, 0, 0, 0.02), (0.3, 0.4, 0.01, 0.02)):
+        errors = []
+        for y, x in itertools.product(range(48), range(66)):
+            y, x = y - 23.5, x - 32.5
+            row, column, zoom, turn = camera
+            errors.append(math.hypot(row + zoom * y - turn * x, column + zoom * x + turn * y))
+        assert toy.motion_error(video, scene | {"camera": camera}) == pytest.approx(np.mean(errors), abs=0.01)
+    assert toy.motion_error(video, scene | {"velocity": (3.0, 4.0)}) == pytest.approx(2.5, abs=0.01)
+
+
+def test_toy_codec_and_words():
+    video = randn(2, 3, 9, 48, 66)
+    latents = toy.encode(video)
+    assert latents.shape == (2, 16, 9, 24, 33) and not latents[:, 12:].any()
+    assert torch.equal(toy.decode(latents + F.pad(randn(2, 4, 9, 24, 33), (0, 0) * 3 + (12, 0))), video)
+    assert latents[1, :3, 4, 5, 6].tolist() == video[1, :, 4, 10, 12].tolist()
+    known, unknown = toy.known_words("Fine white and blue stripes, and a golden striped-disc of stripes")
+    assert known == ["fine", "blue-white", "stripes", "striped", "disc"] and unknown == ["golden"]
+    context = toy.encode_prompts(["a red disc", "", "disc"])
+    assert context.shape == (3, 8, len(toy.WORDS)) and context.sum() == 3 and not context[1].any()
+    assert torch.equal(context[0, 1], context[2, 0]) and not torch.equal(context[0, 0], context[0, 1])
+    for seed in range(50):
+        scene = toy.draw_scene(torch.Generator().manual_seed(seed))
+        known, unknown = toy.known_words(toy.describe(scene))
+        assert not unknown and len(known) == 3 + ("color" in scene) * (2 + scene.get("striped", 0))
+
+
+def test_toy_training_lowers_the_loss(tmp_path, capsys):
+    toy.train(50, 1, tmp_path / "w.safetensors", log=10)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 5 and losses[-1] < 0.95 * losses[0], losses
+    from safetensors.torch import load_file
+
+    weights, shipped = (load_file(path) for path in (tmp_path / "w.safetensors", HERE / "toy/weights.safetensors"))
+    assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
+    assert {v.dtype for v in shipped.values()} == {torch.bfloat16}
+    assert (HERE / "toy/weights.safetensors").stat().st_size < 8e6
+    assert not shipped["patch_embedding.weight"][:, 12:].any()  # the empty channels are neither read ...
+    assert not shipped["head.head.weight"].unflatten(0, (9, 16))[:, 12:].any()  # ... nor written
+
+
+def test_the_method_moves_the_toy():
+    """Four held-out clips: the true motion error of guided results is well under that of plain ones."""
+    args, dit = fastvmt.parse_arguments(["--model", "toy", "--steps", "12"]), toy.load()
+    errors = []
+    for seed, camera in ((1, "pan"), (2, "pan"), (3, "zoom"), (4, "still")):
+        _, scene, _, results = effect.generate(dit, 30000 + seed, camera, args)
+        errors.append([toy.motion_error(result, scene) for result in results])
+    plain, guided = torch.tensor(errors).mean(0)
+    assert guided < 0.6 * plain, errors
+
+
+def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--steps", "2", "--inner-steps", "1"]
+    code, text, err = run_main(capsys, *args, "--prompt", "fine black and white checks under a purple sky")
+    assert code == 0 and not err, err
+    assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
+    asked, plain, arrived = re.search("asked for: (.*); of plain generation: (.*); that arrived: (.*)", text).groups()
+    assert asked == toy.describe_motion(toy.demo_video()[0]) and len({asked, plain, arrived}) == 3
+    videos = [fastvmt.read_video(*x)[0] for x in (("out.mp4", 9, (48, 66)), ("compare.mp4", 9, (480, 990)))]
+    shown = videos[1][..., 2:240:5, 2::5]  # reference, plain and result, each pixel 5×5 large, over the flows
+    assert shown.shape[3:] == (48, 198)
+    assert (shown[..., :66] - toy.demo_video()).abs().mean() < 0.1
+    assert (shown[..., 132:] - videos[0]).abs().mean() < 0.1 < (shown[..., 66:132] - videos[0]).abs().mean()
+    settings = metadata_of("out.mp4")
+    assert settings["method"]["tau"] == 3 and settings["settings"]["cfg_scale"] == 2
+    ref = write_clip(tmp_path / "in.mp4", num_frames=14)
+    code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
+    assert code == 0 and "5 frames of 48x66" in text and "does not know" not in text
+    for extra, message in ((["--prompt", "a fox"], "does not know fox; it knows coarse"),
+                           (["--size", "48x66", "--prompt", "red"], "leave out --size"),
+                           (["--frames", "13", "--prompt", "red"], "at most 9 frames"),
+                           (["--block", "7", "--prompt", "red"], "1 to 6"),
+                           (["--random-weights", "--prompt", "red"], "--random-weights needs")):  # fmt: skip
+        code, _, err = run_main(capsys, *args, *extra)
+        assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_ablation_tells_the_true_error(capsys, monkeypatch):
+    cases = toy.held_out_cases(0, count=2)
+    monkeypatch.setattr(toy, "held_out_cases", lambda seed, device: cases)
+    seen = []
+    for n, (noise, contexts, reference, error) in enumerate(cases):
+        cases[n] = noise, contexts, reference, lambda x, error=error: seen.append(error(x)) or seen[-1]
+    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--prompt", "red", "--steps", "1", "--ablate"]
+    code, text, err = run_main(capsys, *args, "--inner-steps", "1")
+    assert code == 0 and not err, err
+    rows = [[cell.strip() for cell in line.split("|")][1:-1] for line in text.splitlines() if line.startswith("|")]
+    names = [*fastvmt.ABLATIONS, "block 1", "block 2", "block 3", "block 4", "block 6"]
+    assert [row[0] for row in rows[2:]] == names and {len(row) for row in rows} == {12}
+    for row, pair in zip(rows[2:], torch.tensor(seen).view(-1, 2)):
+        assert row[-1] == f"{pair.mean():.2f} ± {pair.std():.2f}"
+    assert len({row[-1] for row in rows}) > 3  # the settings do something
 
 
 def test_readme_code_runs():

@@ -1,0 +1,141 @@
+"""How well the method moves the toy, on clips that it was not trained on: the README's table and its figure.
+
+python -m toy.effect
+"""
+
+import argparse
+from pathlib import Path
+
+import imageio.v3 as iio
+import torch
+import torch.nn.functional as F
+
+import fastvmt
+import wan_min
+from toy import train as toy
+
+# ---- What a clip shows -----------------------------------------------------------------------------------------------
+
+
+def measure_palette(video):
+    """The palette whose two colours are nearest to the pixels of a clip (3, F, H, W)."""
+    pixels = ((video + 1) / 2).flatten(1).T[toy.sprite_weights(video).flatten() < 0.1]
+    error = {}
+    for palette in toy.PALETTES:
+        distance = torch.cdist(pixels, torch.tensor([toy.COLORS[name] for name in palette.split("-")]))
+        unused = distance.argmin(1).bincount(minlength=2).min() < 0.1 * len(pixels)
+        error[palette] = distance.amin(1).square().mean() + unused
+    return min(error, key=error.get)
+
+
+def texture_features(video):
+    """What tells textures apart, from the spectrum of a clip (3, F, H, W): (features,).
+
+    Log mean wave number, its spread, and how much the directions of the waves agree modulo 180 and 90 degrees.
+    """
+    palette = torch.tensor([toy.COLORS[name] for name in measure_palette(video).split("-")])
+    axis = palette[1] - palette[0]
+    centered = (video + 1) / 2 - palette.mean(0)[:, None, None, None]
+    field = torch.einsum("cfhw,c->fhw", centered, 2 * axis / axis.square().sum())
+    field = field.clamp(-1, 1) * (1 - toy.sprite_weights(video))
+    window = torch.hann_window(field.shape[1], False)[:, None] * torch.hann_window(field.shape[2], False)
+    power = torch.fft.fft2((field - field.mean((1, 2), keepdim=True)) * window, s=(96, 96)).abs().square()
+    ky, kx = torch.fft.fftfreq(96)[:, None], torch.fft.fftfreq(96)
+    k, angle = torch.hypot(ky, kx).clamp(min=1e-3), torch.atan2(ky, kx)
+    power = power * ((k > 0.02) & (k < 0.2))
+    power = power / power.sum((1, 2), keepdim=True)
+    log_k = (power * k.log()).sum((1, 2))
+    spread = (power * (k.log() - log_k[:, None, None]).square()).sum((1, 2))
+    turns = [(power * torch.exp(1j * n * angle)).sum((1, 2)) for n in (2, 4)]
+    return torch.stack([log_k, spread.log(), turns[0].abs(), turns[1].abs()]).mean(1)
+
+
+def texture_classes(count=480, seed=1):
+    """Normal distribution of the features of every (scale, texture), from clips of the world."""
+    g, features = torch.Generator().manual_seed(seed), {}
+    for _ in range(count):
+        scene = toy.draw_scene(g)
+        features.setdefault((scene["scale"], scene["texture"]), []).append(texture_features(toy.render(scene, g)))
+    stacked = {name: torch.stack(rows) for name, rows in features.items()}
+    return {name: torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()) for name, x in stacked.items()}
+
+
+def shows(video, prompt, classes):
+    """Whether a clip (3, F, H, W) has the palette, the texture and, or not, the sprite of the prompt."""
+    scale, palette, texture = prompt.split(",")[0].split()
+    features = texture_features(video)
+    found = max(classes, key=lambda name: classes[name].log_prob(features))
+    sprite = toy.measure_sprite(video) is not None
+    return (measure_palette(video), found, sprite) == (palette, (scale, texture), "," in prompt)
+
+
+# ---- Measuring and drawing -------------------------------------------------------------------------------------------
+
+
+def generate(dit, seed, camera, args):
+    """Reference video, its scene, the prompt, and the results, plain and guided, of one held-out clip."""
+    video, scene, prompt = toy.held_out(seed, camera, camera == "still")
+    context, null = toy.encode_prompts([prompt, ""]).split(1)
+    reference = toy.encode(video[None])
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed))
+    sigmas = wan_min.flow_sigmas(args.steps, args.shift)
+    results = [fastvmt.sample(dit, noise, sigmas, context, null, cfg_scale=args.cfg_scale, reference=source, null=null,
+                              config=fastvmt.motion_config(args)) for source in (None, reference)]  # fmt: skip
+    return video, scene, prompt, [toy.decode(result)[0] for result in results]
+
+
+def component_error(video, scene, camera):
+    """Error of what moves in this kind of clip: pan or sprite velocity in pixels, zoom in %, rotation in degrees."""
+    if camera == "still":
+        found = toy.measure_sprite(video)
+        return ((0 if found is None else found) - torch.tensor(scene["velocity"])).norm().item()
+    error = toy.measure_camera(video) - torch.tensor(scene["camera"])
+    return {"pan": error[:2].norm(), "zoom": 100 * error[2].abs(), "rotation": error[3].abs().rad2deg()}[camera].item()
+
+
+def table(dit, args, clips, first):
+    """Markdown lines: mean error, and its spread over clips, of plain generation and of the method."""
+    classes, right = texture_classes(), []
+    yield "| motion | clips | plain | guided | guided/plain |"
+    yield "|---|--:|--:|--:|--:|"
+    names = {"pan": "pan, px", "zoom": "zoom, %", "rotation": "rotation, degrees", "still": "sprite, px"}
+    for camera, name in names.items():
+        errors = []
+        for seed in range(first, first + clips):
+            _, scene, prompt, results = generate(dit, seed, camera, args)
+            errors.append([component_error(result, scene, camera) for result in results])
+            right.append([shows(result, prompt, classes) for result in results])
+        errors = torch.tensor(errors)
+        plain, guided = errors.mean(0)
+        spread = errors.std(0)
+        yield (f"| {name} | {clips} | {plain:.2f} ± {spread[0]:.2f} | {guided:.2f} ± {spread[1]:.2f} | "
+               f"{guided / plain:.2f} |")  # fmt: skip
+    plain, guided = torch.tensor(right).T
+    kept = (plain & guided).sum().item()
+    yield f"\nPrompt right: plain {plain.sum()} of {len(right)}, and of these {kept} guided; guided {guided.sum()}."
+
+
+def figure(dit, args, path, seeds):
+    """Animated picture: a row of reference, plain and guided for each (camera, seed)."""
+    rows = []
+    for camera, seed in seeds:
+        video, _, _, results = generate(dit, seed, camera, args)
+        clips = [F.pad(clip.repeat_interleave(3, 2).repeat_interleave(3, 3), (4, 4, 4, 4), value=1.0)
+                 for clip in (video, *results)]  # fmt: skip
+        rows.append(torch.cat(clips, dim=3))
+    pixels = ((torch.cat(rows, dim=2) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
+    iio.imwrite(path, pixels.numpy(), duration=150, loop=0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=16, help="of each kind of motion")
+    parser.add_argument("--first", type=int, default=20000, help="seed of the first clip")
+    parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
+    options, rest = parser.parse_known_args()
+    args, dit = fastvmt.parse_arguments(["--model", "toy", *rest]), toy.load()
+    if options.figure:
+        figure(dit, args, options.figure, [("pan", 3), ("zoom", 1), ("rotation", 2), ("still", 4)])
+    else:
+        for line in table(dit, args, options.clips, options.first):
+            print(line, flush=True)

@@ -1,0 +1,401 @@
+"""The toy: a made-up world of moving textures, its words and codec, the measure of its motion, and the training.
+
+The world knows what no real video tells: the exact motion of every clip. A DiT small enough for a laptop learns it from
+prompts that name what is seen and never how it moves, so that a transferred motion can only come from the guidance.
+Shapes: B clips, F frames, H×W pixels. Positions are (row, column) in pixels, motions are per frame.
+
+    python -m toy.train --out toy/weights.safetensors
+"""
+
+import argparse
+import math
+import re
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+
+import wan_min
+
+FRAMES, SIZE = 9, (48, 66)
+COLORS = {
+    "black": (0.05, 0.05, 0.05), "white": (0.95, 0.95, 0.95), "blue": (0.1, 0.3, 0.9), "green": (0.1, 0.7, 0.25),
+    "red": (0.9, 0.1, 0.1), "yellow": (1.0, 0.9, 0.1), "pink": (1.0, 0.4, 0.75), "orange": (1.0, 0.55, 0.1),
+}  # fmt: skip
+SCALES = {"coarse": 20.0, "fine": 12.0}  # wavelength in pixels
+PALETTES = ("black-white", "blue-white", "green-white", "black-blue", "black-green", "blue-green")
+TEXTURES, SHAPES = ("stripes", "blobs", "checks"), ("disc", "square", "ring")
+SPRITES = ("red", "yellow", "pink", "orange")  # warm, and all textures cold or grey: colour tells them apart
+WORDS = (*SCALES, *PALETTES, *TEXTURES, "striped", *SPRITES, *SHAPES)
+RADIUS, WORDS_MAX = 8.0, 8  # of a sprite; of a prompt
+ARCHITECTURE = dict(dim=128, ffn_dim=384, num_heads=2, num_layers=6, text_dim=len(WORDS), freq_dim=64,
+                    patch_size=(1, 3, 3))  # fmt: skip
+
+# ---- World -----------------------------------------------------------------------------------------------------------
+
+
+def draw(low, high, generator):
+    return low + (high - low) * torch.rand((), generator=generator).item()
+
+
+def choose(items, generator):
+    return items[int(torch.randint(len(items), (), generator=generator))]
+
+
+def draw_velocity(largest, generator):
+    """A velocity whose end point is uniform in a disc: (row, column)."""
+    speed, angle = largest * draw(0, 1, generator) ** 0.5, draw(0, 2 * math.pi, generator)
+    return speed * math.sin(angle), speed * math.cos(angle)
+
+
+def draw_scene(generator, camera=None, sprite=None):
+    """What a clip shows and how it moves, as a dict of words and numbers.
+
+    camera: "pan", "zoom", "rotation" or "still"; sprite: whether there is one; both drawn if not given. The scene's
+    camera is (row velocity, column velocity, zoom rate, rotation rate), in pixels, 1 and radians counter-clockwise.
+    """
+    g = generator
+    camera = camera or choose(["pan"] * 11 + ["zoom"] * 3 + ["rotation"] * 3 + ["still"] * 3, g)
+    sprite = (camera == "still" or draw(0, 1, g) < 0.3) if sprite is None else sprite
+    scene = {"scale": choose(list(SCALES), g), "palette": choose(PALETTES, g), "texture": choose(TEXTURES, g)}
+    pan, zoom, rotation = draw_velocity(3.0, g), draw(-0.045, 0.045, g), draw(-0.055, 0.055, g)
+    pan = pan if camera == "pan" else (0.0, 0.0)
+    scene["camera"] = (*pan, zoom * (camera == "zoom"), rotation * (camera == "rotation"))
+    if sprite:
+        scene |= {"color": choose(SPRITES, g), "shape": choose(SHAPES, g), "striped": draw(0, 1, g) < 0.4}
+        velocity = draw_velocity(2.5, g)
+        room = [side / 2 - 0.7 * RADIUS - abs(v) * (FRAMES - 1) / 2 for side, v in zip(SIZE, velocity)]  # stays in view
+        scene |= {"velocity": velocity, "place": tuple(draw(-r, r, g) for r in room)}
+    return scene
+
+
+def describe(scene):
+    """The scene's prompt."""
+    text = f"{scene['scale']} {scene['palette']} {scene['texture']}"
+    return text + (f", a {'striped ' * scene['striped']}{scene['color']} {scene['shape']}" if "color" in scene else "")
+
+
+def waves(points, count, wavelength, generator):
+    """Sum of plane waves in random directions, of unit variance, at points (..., 2): (...)."""
+    angle, phase, k = torch.rand(3, count, generator=generator) * torch.tensor([[2 * math.pi], [2 * math.pi], [1]])
+    k = 2 * math.pi / wavelength * (0.8 + 0.4 * k) * torch.stack([angle.sin(), angle.cos()])
+    return (points @ k + phase).sin_().sum(-1) * (2 / count) ** 0.5
+
+
+def draw_texture(points, kind, wavelength, generator):
+    """About how many pixels inside its second colour the texture is at points (..., 2): (...).
+
+    Stripes and checks are bent by slow waves, because straight ones look the same after many different motions.
+    """
+    pixels = wavelength / (2 * math.pi)
+    if kind == "blobs":
+        return pixels * waves(points, 12, wavelength, generator)
+    angle, bend = draw(0, math.pi, generator), 0.9 if kind == "stripes" else 0.5
+    axes = torch.tensor([[math.sin(angle), math.cos(angle)], [math.cos(angle), -math.sin(angle)]])
+    phases = [(points @ axis) / pixels + bend * waves(points, 6, 2.5 * wavelength, generator) for axis in axes]
+    return pixels * (phases[0].sin() if kind == "stripes" else phases[0].sin() * phases[1].sin())
+
+
+def pixel_grid(size=SIZE):
+    """Positions of pixels from the centre of the frame: (H, W, 2)."""
+    rows, cols = (torch.arange(side) - (side - 1) / 2 for side in size)
+    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1)
+
+
+def similarity(camera, times):
+    """Linear part e^{t·zoom}·R(t·rotation) of a camera's motion (..., 4) at times (F,): (..., F, 2, 2)."""
+    *_, zoom, rotation = (x[..., None] * times for x in camera.unbind(-1))
+    cos, sin = zoom.exp() * rotation.cos(), zoom.exp() * rotation.sin()
+    return torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+
+
+def frame_times(frames=FRAMES):
+    """Time of each frame, 0 in the middle of the clip: (F,)."""
+    return torch.arange(frames) - (frames - 1) / 2
+
+
+def render(scene, generator):
+    """Video (3, F, H, W) in [-1, 1] of a scene: what is mid-clip at q is at e^{t·zoom}·R(t·rotation)·q + t·v at t."""
+    camera, times = torch.tensor(scene["camera"], dtype=torch.float32), frame_times()
+    points = pixel_grid() - (times[:, None] * camera[:2])[:, None, None]  # (F, H, W, 2)
+    points = torch.einsum("fxy,fhwy->fhwx", similarity(camera, -times), points)
+    inside = draw_texture(points, scene["texture"], SCALES[scene["scale"]], generator)
+    low, high = (torch.tensor(COLORS[name]) for name in scene["palette"].split("-"))
+    video = low + (3 * inside).sigmoid()[..., None] * (high - low)  # (F, H, W, 3), edges about a pixel wide
+    if "color" in scene:
+        path = torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
+        y, x = points_of_sprite = (pixel_grid() - path[:, None, None]).unbind(-1)
+        radius = torch.hypot(y, x)
+        depth = {"disc": RADIUS - radius, "square": 0.9 * RADIUS - torch.maximum(y.abs(), x.abs()),
+                 "ring": 0.3 * RADIUS - (radius - 0.75 * RADIUS).abs()}[scene["shape"]]  # fmt: skip
+        color = torch.tensor(COLORS[scene["color"]]).expand(*depth.shape, 3)
+        if scene["striped"]:
+            color = color * (0.7 + 0.3 * (3 * (points_of_sprite[0] * math.pi / 3).sin()).tanh())[..., None]
+        video = torch.lerp(video, color, (3 * depth).sigmoid()[..., None])
+    return rearrange(2 * video - 1, "f h w c -> c f h w")
+
+
+# ---- Codec and words -------------------------------------------------------------------------------------------------
+
+
+def encode(video, progress=None):
+    """Video (B, 3, F, H, W) -> latents (B, 16, F, H/2, W/2): 2×2 pixels become 12 channels, exactly; 4 are empty."""
+    return F.pad(rearrange(video, "b c f (h p) (w q) -> b (p q c) f h w", p=2, q=2), (0, 0) * 3 + (0, 4))
+
+
+def decode(latents, progress=None):
+    """Inverse of encode; the empty channels are dropped."""
+    return rearrange(latents[:, :12], "b (p q c) f h w -> b c f (h p) (w q)", p=2, q=2)
+
+
+def known_words(prompt):
+    """The words of a prompt that the toy knows, "white and blue" being blue-white, and the others: two lists."""
+    words, text = [], re.sub(r"(\w+)( and |/)(\w+)", r"\1-\3", prompt.lower())
+    for word in re.findall(r"[\w-]+", text):
+        palette = "-".join(sorted(word.split("-")))
+        words += [palette] if palette in PALETTES else word.split("-")
+    known = list(dict.fromkeys(word for word in words if word in WORDS))[:WORDS_MAX]
+    return known, [word for word in words if word not in (*WORDS, "a", "an", "and", "the", "of", "on", "with")]
+
+
+def encode_prompts(prompts):
+    """Prompts -> contexts (n, 8, words known): one vector a known word, then zeros."""
+    return embed_words([known_words(prompt)[0] for prompt in prompts])
+
+
+def embed_words(words):
+    """Contexts (B, 8, words known) of lists of words: one vector each, then zeros."""
+    context = torch.zeros(len(words), WORDS_MAX, len(WORDS))
+    for row, names in zip(context, words):
+        for slot, name in enumerate(names):
+            row[slot, WORDS.index(name)] = 1
+    return context
+
+
+# ---- Measuring what a clip shows and how it moves --------------------------------------------------------------------
+
+
+def sprite_weights(video):
+    """How much each pixel belongs to a sprite, told by its warm colour: (3, F, H, W) -> (F, H, W) in [0, 1]."""
+    r, g, b = (video + 1) / 2
+    return ((r - torch.minimum(g, b) - 0.15) / 0.3).clamp(0, 1)
+
+
+def alignment_error(video, weights, cameras, gap, step):
+    """How much frames differ from those `gap` later, moved back by each camera (C, 4): (C,).
+
+    video (3, F, H, W), weights (F, H, W) of its pixels; every `step`-th row and column is compared.
+    """
+    times, size = frame_times(video.shape[1])[:-gap], video.shape[2:]
+    here = pixel_grid(size)[::step, ::step]
+    shift = times[:, None] * cameras[:, None, :2]  # (C, F, 2)
+    linear = similarity(cameras, torch.tensor([float(gap)]))[:, 0]
+    there = torch.einsum("cxy,cfhwy->cfhwx", linear, here - shift[:, :, None, None])
+    there = there + shift[:, :, None, None] + gap * cameras[:, None, None, None, :2]
+    grid = rearrange((there / (torch.tensor(size) / 2)).flip(-1), "c f h w x -> f (c h) w x")
+    source = torch.cat([video, weights[None]]).transpose(0, 1)  # (F, 4, H, W)
+    found = F.grid_sample(source[gap:], grid, padding_mode="border", align_corners=False)
+    found = rearrange(found, "f x (c h) w -> c f x h w", c=len(cameras))
+    first = source[:-gap, :, ::step, ::step]
+    inside = (grid.abs() < 1 - 1 / max(size)).all(-1)
+    weight = found[:, :, 3] * first[:, 3] * rearrange(inside, "f (c h) w -> c f h w", c=len(cameras))
+    error = (found[:, :, :3] - first[:, :3]).square().sum(2) * weight
+    return error.sum((1, 2, 3)) / (weight.sum((1, 2, 3)) + 1)
+
+
+def measure_camera(video):
+    """The camera motion of a clip (3, F, H, W) under which its frames agree best: (4,), see draw_scene.
+
+    A grid of all motions is compared frame to frame; the best is refined on ever more distant frames.
+    """
+    weights, unit = 1 - sprite_weights(video), torch.tensor([1.0, 1.0, 0.04, 0.04])  # of like effect on the pixels
+    pans, rates = torch.arange(-3.75, 3.8, 0.75), torch.tensor([-0.035, 0.0, 0.035])
+    cameras = torch.cartesian_prod(pans, pans, rates, rates)
+    error = torch.cat([alignment_error(video, weights, part, 1, 2) for part in cameras.split(128)])
+    best = cameras[error.argmin()]
+    for gap in (1, 2, 4):
+        best = unit * minimize(lambda x, gap=gap: alignment_error(video, weights, x * unit, gap, 1).sum(), best / unit)
+    return best
+
+
+@torch.enable_grad()
+def minimize(objective, x):
+    """A local minimum of objective: x (1, n) -> scalar, from x (n,) on: (n,)."""
+    x = x[None].clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([x], 1, 12, tolerance_grad=1e-9, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+
+    def closure():
+        x.grad = None
+        error = objective(x)
+        error.backward()
+        return error
+
+    optimizer.step(closure)
+    return x.detach()[0]
+
+
+def measure_sprite(video):
+    """Velocity of the sprite of a clip (3, F, H, W): (2,), or None where a frame has none."""
+    weights = sprite_weights(video)
+    mass = weights.sum((1, 2))
+    if mass.min() < 20:
+        return None
+    centers = torch.einsum("fhw,hwx->fx", weights, pixel_grid(video.shape[2:])) / mass[:, None]
+    times = frame_times(video.shape[1])
+    return (times @ centers) / times.square().sum()
+
+
+def motion_error(video, scene):
+    """How far a clip (3, F, H, W) is from moving as a scene does, in pixels per frame.
+
+    Mean end-point error of the camera's flow over the frame; with a sprite, the mean of that and of the error of the
+    sprite's velocity, a missing sprite being one at rest.
+    """
+    points, turn = pixel_grid(video.shape[2:]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    v, u, zoom, rotation = measure_camera(video) - torch.tensor(scene["camera"])
+    errors = [(torch.stack([v, u]) + zoom * points + rotation * points @ turn).norm(dim=-1).mean()]
+    if "velocity" in scene:
+        found = measure_sprite(video)
+        errors.append(((0 if found is None else found) - torch.tensor(scene["velocity"])).norm())
+    return (sum(errors) / len(errors)).item()
+
+
+def describe_motion(video):
+    """The measured motion of a clip (3, F, H, W) in words and numbers."""
+    row, col, zoom, rotation = measure_camera(video).tolist()
+    text = f"{row:+.2f} rows {col:+.2f} columns {100 * zoom:+.1f} % {math.degrees(rotation):+.1f}° a frame"
+    sprite = measure_sprite(video)
+    return text if sprite is None else text + ", sprite {:+.2f} rows {:+.2f} columns".format(*sprite.tolist())
+
+
+# ---- Clips to try the method on --------------------------------------------------------------------------------------
+
+
+def held_out(seed, camera=None, sprite=None):
+    """A reference's video (3, F, H, W) and scene, and the prompt of another scene, which has a sprite if it has one."""
+    g = torch.Generator().manual_seed(seed)
+    scene = draw_scene(g, camera, sprite)
+    return render(scene, g), scene, describe(draw_scene(g, camera, "velocity" in scene))
+
+
+def held_out_cases(seed, device="cpu", count=8):
+    """Clips for fastvmt.ablate: (noise, contexts, reference latents, function from latents to motion error)."""
+    cases = []
+    for n, camera in zip(range(count), ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still") * count):
+        video, scene, prompt = held_out(10000 + seed + n, camera, camera == "still")
+        reference = encode(video[None])
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed + n))
+        contexts = encode_prompts([prompt, "", ""]).to(device).split(1)
+        error = partial(lambda scene, latents: motion_error(decode(latents)[0].cpu(), scene), scene)
+        cases.append((noise.to(device), contexts, reference.to(device), error))
+    return cases
+
+
+def demo_video():
+    """The clip of --ref demo: (1, 3, F, H, W)."""
+    return held_out(0)[0][None]
+
+
+def load():
+    """The trained DiT, frozen."""
+    dit = wan_min.DiT(**ARCHITECTURE)
+    dit.load_state_dict(load_file(Path(__file__).with_name("weights.safetensors")))
+    return dit.requires_grad_(False).eval()
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def draw_batch(count, generator):
+    """Training clips and contexts: latents (B, 16, F, h, w), (B, 8, words); a word, or all of them, may be missing."""
+    scenes = [draw_scene(generator) for _ in range(count)]
+    video = torch.stack([render(scene, generator) for scene in scenes])
+    words = [[w for w in known_words(describe(s))[0] if draw(0, 1, generator) > 0.05] for s in scenes]
+    return encode(video), embed_words([w if draw(0, 1, generator) > 0.1 else [] for w in words])
+
+
+def orthogonalize(g):
+    """Nearest semi-orthogonal matrices of g (n, r, c), about: Muon's five Newton-Schulz steps."""
+    x = g if g.shape[1] <= g.shape[2] else g.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if g.shape[1] <= g.shape[2] else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, all of one shape at a time. torch.optim.Muon's bfloat16 takes a CPU as long as the model."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                grads = torch.stack([p.grad for p in params])
+                state = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+                state.lerp_(grads, 1 - group["momentum"])
+                update = orthogonalize(grads.lerp(state, group["momentum"]))
+                for p, u in zip(params, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(u, alpha=group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
+
+
+def train(steps, batch, out, seed=0, muon=0.02, adam=2e-3, log=25):
+    """Flow matching on clips made on the fly; saves the moving average of the weights as bf16 to `out`."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    dit = wan_min.DiT(**ARCHITECTURE)
+    with torch.no_grad():  # the empty channels: never read, never written
+        dit.patch_embedding.weight[:, 12:] = 0
+        dit.head.head.weight.unflatten(0, (-1, 16))[:, 12:] = 0
+        dit.head.head.bias.unflatten(0, (-1, 16))[:, 12:] = 0
+    matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
+    others = [p for p in dit.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.AdamW(others if muon else dit.parameters(), adam, (0.9, 0.98), weight_decay=0.01)]
+    optimizers += [Muon(matrices, muon)] if muon else []
+    average = torch.optim.swa_utils.AveragedModel(dit, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    rates = [o.param_groups[0]["lr"] for o in optimizers]
+    start, total = time.perf_counter(), 0.0
+    for step in range(steps):
+        clean, context = draw_batch(batch, generator)
+        noise = F.pad(torch.randn(clean[:, :12].shape, generator=generator), (0, 0) * 3 + (0, 4))
+        sigma = (0.5 + torch.randn(batch, generator=generator)).sigmoid()  # video keeps its signal far into the noise
+        x = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        loss = F.mse_loss(dit(x, 1000 * sigma, context)[:, :12], (noise - clean)[:, :12])
+        for optimizer, rate in zip(optimizers, rates):
+            optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 100) * (1 - step / steps)
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        average.update_parameters(dit)
+        total += loss.item()
+        if (step + 1) % log == 0:
+            seconds = time.perf_counter() - start
+            print(f"step {step + 1} of {steps}: loss {total / log:.4f}, {seconds:.0f} s", flush=True)
+            total = 0.0
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save_file({name: p.bfloat16().contiguous() for name, p in average.module.state_dict().items()}, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="toy/weights.safetensors")
+    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--muon", type=float, default=0.02)
+    parser.add_argument("--adam", type=float, default=2e-3)
+    args = parser.parse_args()
+    train(**vars(args))
