@@ -885,7 +885,7 @@ def run(args):
         return
 
     config = replace(config, guided_fraction=0.0) if args.no_transfer else config
-    losses, guided, plain = [], guided_steps(args.steps, config), None
+    losses, guided, plain = [], guided_steps(args.steps, config), []
 
     def callback(step, x, step_losses):
         losses.append(step_losses)
@@ -901,16 +901,15 @@ def run(args):
                          callback=callback, **options)  # fmt: skip
     if toy:  # cheap enough to show what the guidance changed
         with phase("plain generation", seconds):
-            plain = sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale)
+            plain = [sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale)]
     record, kept = provenance(args, config), args.out.with_suffix(".latents.safetensors")
     save_file({"latents": latents.cpu()}, kept, metadata={"record": record, "fps": str(fps)})
     with latents_kept(kept, args.out), phase("decoding", seconds) as progress:
-        shown = [reference, latents] if plain is None else [reference, plain, latents]
-        flows = [noised_flow(dit, x, noise, contexts[2], config) for x in shown]
+        flows = [noised_flow(dit, x, noise, contexts[2], config) for x in (reference, *plain, latents)]
         del dit  # the decoder needs the memory
         result = vae.decode(latents, progress=progress)
         write_video(args.out, result, fps, record)
-    videos = [video, result] if plain is None else [video, vae.decode(plain), result]
+    videos = [video, *map(vae.decode, plain), result]
     if args.compare:
         write_video(args.compare, compare_video(videos, flows, noise.shape[2]), fps, record)
     cosine, error = flow_agreement(flows[0], flows[-1])

@@ -28,14 +28,14 @@ def measure_palette(video):
     return min(error, key=error.get)
 
 
-def texture_features(video):
-    """What tells textures apart, from the spectrum of a clip (3, F, H, W): (features,).
+def texture_features(video, palette):
+    """What tells textures apart, from the spectrum of a clip (3, F, H, W) of this palette: (features,).
 
     Log mean wave number, its spread, and how much the directions of the waves agree modulo 180 and 90 degrees.
     """
-    palette = torch.tensor([toy.COLORS[name] for name in measure_palette(video).split("-")])
-    axis = palette[1] - palette[0]
-    centered = (video + 1) / 2 - palette.mean(0)[:, None, None, None]
+    colors = torch.tensor([toy.COLORS[name] for name in palette.split("-")])
+    axis = colors[1] - colors[0]
+    centered = (video + 1) / 2 - colors.mean(0)[:, None, None, None]
     field = torch.einsum("cfhw,c->fhw", centered, 2 * axis / axis.square().sum())
     field = field.clamp(-1, 1) * (1 - toy.sprite_weights(video))
     window = torch.hann_window(field.shape[1], False)[:, None] * torch.hann_window(field.shape[2], False)
@@ -55,7 +55,8 @@ def texture_classes(count=480, seed=1):
     g, features = torch.Generator().manual_seed(seed), {}
     for _ in range(count):
         scene = toy.draw_scene(g)
-        features.setdefault((scene["scale"], scene["texture"]), []).append(texture_features(toy.render(scene, g)))
+        row = texture_features(toy.render(scene, g), scene["palette"])
+        features.setdefault((scene["scale"], scene["texture"]), []).append(row)
     stacked = {name: torch.stack(rows) for name, rows in features.items()}
     return {name: torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()) for name, x in stacked.items()}
 
@@ -63,10 +64,11 @@ def texture_classes(count=480, seed=1):
 def shows(video, prompt, classes):
     """Whether a clip (3, F, H, W) has the palette, the texture and, or not, the sprite of the prompt."""
     scale, palette, texture = prompt.split(",")[0].split()
-    features = texture_features(video)
+    palette_found = measure_palette(video)
+    features = texture_features(video, palette_found)
     found = max(classes, key=lambda name: classes[name].log_prob(features))
     sprite = toy.measure_sprite(video) is not None
-    return (measure_palette(video), found, sprite) == (palette, (scale, texture), "," in prompt)
+    return (palette_found, found, sprite) == (palette, (scale, texture), "," in prompt)
 
 
 # ---- Measuring and drawing -------------------------------------------------------------------------------------------
@@ -87,8 +89,7 @@ def generate(dit, seed, camera, args):
 def component_error(video, scene, camera):
     """Error of what moves in this kind of clip: pan or sprite velocity in pixels, zoom in %, rotation in degrees."""
     if camera == "still":
-        found = toy.measure_sprite(video)
-        return ((0 if found is None else found) - torch.tensor(scene["velocity"])).norm().item()
+        return toy.sprite_error(video, scene).item()
     error = toy.measure_camera(video) - torch.tensor(scene["camera"])
     return {"pan": error[:2].norm(), "zoom": 100 * error[2].abs(), "rotation": error[3].abs().rad2deg()}[camera].item()
 

@@ -133,13 +133,13 @@ def render(scene, generator, part=(slice(None),) * 3):
     video = low + (3 * inside).sigmoid()[..., None] * (high - low)  # (F, H, W, 3), edges about a pixel wide
     if "color" in scene:
         path = torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
-        y, x = points_of_sprite = (pixels - path[:, None, None]).unbind(-1)
+        y, x = (pixels - path[:, None, None]).unbind(-1)
         radius = torch.hypot(y, x)
         depth = {"disc": RADIUS - radius, "square": 0.9 * RADIUS - torch.maximum(y.abs(), x.abs()),
                  "ring": 0.3 * RADIUS - (radius - 0.75 * RADIUS).abs()}[scene["shape"]]  # fmt: skip
         color = torch.tensor(COLORS[scene["color"]]).expand(*depth.shape, 3)
         if scene["striped"]:
-            color = color * (0.7 + 0.3 * (3 * (points_of_sprite[0] * math.pi / 3).sin()).tanh())[..., None]
+            color = color * (0.7 + 0.3 * (3 * (y * math.pi / 3).sin()).tanh())[..., None]
         video = torch.lerp(video, color, (3 * depth).sigmoid()[..., None])
     return rearrange(2 * video - 1, "f h w c -> c f h w")
 
@@ -267,18 +267,22 @@ def measure_sprite(video):
     return (times @ centers) / times.square().sum()
 
 
+def sprite_error(video, scene):
+    """Error of the velocity of a clip's sprite, scalar; a missing sprite counts as one at rest."""
+    found = measure_sprite(video)
+    return ((0 if found is None else found) - torch.tensor(scene["velocity"])).norm()
+
+
 def motion_error(video, scene):
     """How far a clip (3, F, H, W) is from moving as a scene does, in pixels per frame.
 
-    Mean end-point error of the camera's flow over the frame; with a sprite, the mean of that and of the error of the
-    sprite's velocity, a missing sprite being one at rest.
+    Mean end-point error of the camera's flow over the frame; with a sprite, the mean of that and of sprite_error.
     """
     points, turn = pixel_grid(video.shape[2:]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
     v, u, zoom, rotation = measure_camera(video) - torch.tensor(scene["camera"])
     errors = [(torch.stack([v, u]) + zoom * points + rotation * points @ turn).norm(dim=-1).mean()]
     if "velocity" in scene:
-        found = measure_sprite(video)
-        errors.append(((0 if found is None else found) - torch.tensor(scene["velocity"])).norm())
+        errors.append(sprite_error(video, scene))
     return (sum(errors) / len(errors)).item()
 
 
