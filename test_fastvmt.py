@@ -1512,7 +1512,7 @@ def test_toy_codec_and_words():
 
 
 def test_toy_training_lowers_the_loss(tmp_path, capsys):
-    stages = (40, 1, (5, 24, 36), 1.0, 1.0), (10, 1, (9, 48, 66), 0.5, 0.0)
+    stages = (40, 1, (5, 24, 36), 0.7, 1.0, 1.0), (10, 1, (9, 48, 66), 0.0, 0.5, 0.0)
     toy.train(tmp_path / "w.safetensors", stages, log=10)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 5 and losses[3] < 0.95 * losses[0] and losses[4] < losses[1], losses
@@ -1524,6 +1524,42 @@ def test_toy_training_lowers_the_loss(tmp_path, capsys):
     assert (HERE / "toy/weights.safetensors").stat().st_size < 8e6
     assert not shipped["patch_embedding.weight"][:, 12:].any()  # the empty channels are neither read ...
     assert not shipped["head.head.weight"].unflatten(0, (9, 16))[:, 12:].any()  # ... nor written
+
+
+def test_toy_matches_follow_the_content():
+    """Token centres, moved as token_matches says, show on the other frame what they show on their own."""
+    centers = F.avg_pool2d(toy.pixel_grid().permute(2, 0, 1), 6).flatten(1).T  # (S, 2)
+    for camera in ("pan", "zoom", "rotation", "still"):
+        g = torch.Generator().manual_seed(2)
+        scene = toy.draw_scene(g, camera, camera == "still")
+        matches = toy.token_matches(scene, (slice(1, 9), slice(None), slice(None)))
+        video = toy.render(scene, g)[:, 1:]
+        assert matches.shape == (8, 88, 8, 88) and not matches.diagonal(dim1=0, dim2=2).any()
+        for i, j in ((0, 1), (5, 2)):
+            share = matches[i, :, j]
+            found = share @ centers
+            known = (share.sum(1) > 0.99) & (found.abs() < torch.tensor([20.9, 29.9])).all(1)  # those beside are clamped
+            assert known.sum() > 30
+            here, there = (F.grid_sample(video[None, :, n], (x / torch.tensor([24.0, 33.0])).flip(-1)[None, None],
+                                         align_corners=False)[0, :, 0] for n, x in ((i, centers), (j, found)))  # fmt: skip
+            assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
+
+
+def test_toy_matching_loss():
+    """Each token matches two of a frame's three: the attention to them is that of the heads' means, frame by frame."""
+    matches = torch.eye(6).roll(1, 0).view(1, 2, 3, 2, 3)
+    matches = 0.5 * matches + 0.5 * matches.roll(1, -1)
+    k = torch.eye(6)[None, :, None].expand(1, 6, 2, 6) * torch.tensor([0.5, 1.5])[:, None]
+    for sharpness in (50.0, 1.0, -50.0):
+        q = sharpness * matches.view(1, 6, 1, 6).expand(1, 6, 2, 6)
+        expected = math.log(2 + math.exp(-sharpness * 0.5 / 6**0.5))
+        assert toy.matching_loss(q, k, matches).item() == pytest.approx(expected, abs=1e-4)
+    dit, x = toy.Denoiser(**toy.ARCHITECTURE), randn(2, 16, 3, 6, 9)
+    t, context = torch.tensor([300.0, 700.0]), toy.encode_prompts(["a disc", "red"])
+    clean, qk = dit.clean_and_qk(x, t, context)
+    for a, b in zip(qk, dit.qk(x, t, context, toy.MATCH_BLOCK)):
+        assert torch.equal(a, b)
+    close(dit(x, t, context), (x - clean) / torch.tensor([0.3, 0.7]).view(2, 1, 1, 1, 1), 1e-5)
 
 
 def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
@@ -1552,6 +1588,32 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
                            (["--random-weights", "--prompt", "red"], "--random-weights needs")):  # fmt: skip
         code, _, err = run_main(capsys, *args, *extra)
         assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_the_toys_flow_points_along_the_motion():
+    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy"])
+    for seed, pan in enumerate([(3.0, 0.5), (-0.5, -4.0), (-3.0, 3.0)]):
+        scene = corner_scene(camera=(*pan, 0.0, 0.0))
+        latents = toy.encode(toy.render(scene, torch.Generator().manual_seed(seed))[None])
+        null = toy.encode_prompts([""])
+        flow = fastvmt.noised_flow(dit, latents, randn(*latents.shape), null, fastvmt.motion_config(args))
+        i, j = fastvmt.frame_pairs(9, args.span)
+        for offset in (1, 2):
+            found = 6 * flow[j - i == offset].mean((0, 1, 2))  # in pixels
+            true = offset * torch.tensor(pan)
+            assert torch.cosine_similarity(found, true, dim=0) > 0.95, (pan, found)
+            assert 0.5 < found.norm() / true.norm() < 1.2, (pan, found)
+
+
+def test_the_method_moves_the_toy():
+    """The one test of what all this is for; it fails if the loss has the wrong sign or the window is elsewhere."""
+    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "12"])
+    errors = []
+    for seed, camera in zip(range(30001, 30005), ("pan", "pan", "zoom", "still")):
+        _, scene, _, results = effect.generate(dit, seed, camera, args)
+        errors.append([toy.motion_error(result, scene) for result in results])
+    plain, guided = torch.tensor(errors).mean(0)
+    assert guided < 0.6 * plain, errors
 
 
 def test_ablation_tells_the_true_error(clip, capsys, monkeypatch):

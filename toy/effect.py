@@ -77,12 +77,10 @@ def shows(video, prompt, classes):
 def generate(dit, seed, camera, args):
     """Reference video, its scene, the prompt, and the results, plain and guided, of one held-out clip."""
     video, scene, prompt = toy.held_out(seed, camera, camera == "still")
-    context, null = toy.encode_prompts([prompt, ""]).split(1)
-    reference = toy.encode(video[None])
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed))
-    sigmas = wan_min.flow_sigmas(args.steps, args.shift)
-    results = [fastvmt.sample(dit, noise, sigmas, context, null, cfg_scale=args.cfg_scale, reference=source, null=null,
-                              config=fastvmt.motion_config(args)) for source in (None, reference)]  # fmt: skip
+    noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
+    sigmas, config = wan_min.flow_sigmas(args.steps, args.shift), fastvmt.motion_config(args)
+    results = [fastvmt.sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, reference=source,
+                              null=null, config=config) for source in (None, reference)]  # fmt: skip
     return video, scene, prompt, [toy.decode(result)[0] for result in results]
 
 

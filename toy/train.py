@@ -28,13 +28,13 @@ COLORS = {
     "black": (0.05, 0.05, 0.05), "white": (0.95, 0.95, 0.95), "blue": (0.1, 0.3, 0.9), "green": (0.1, 0.7, 0.25),
     "red": (0.9, 0.1, 0.1), "yellow": (1.0, 0.9, 0.1), "pink": (1.0, 0.4, 0.75), "orange": (1.0, 0.55, 0.1),
 }  # fmt: skip
-SCALES = {"coarse": 28.0, "fine": 16.0}  # wavelength in pixels
+SCALES = {"coarse": 24.0, "fine": 14.0}  # wavelength in pixels
 PALETTES = ("black-white", "blue-white", "green-white", "black-blue", "black-green", "blue-green")
 TEXTURES, SHAPES = ("stripes", "blobs", "checks"), ("disc", "square", "ring")
 SPRITES = ("red", "yellow", "pink", "orange")  # warm, and all textures cold or grey: colour tells them apart
 WORDS = (*SCALES, *PALETTES, *TEXTURES, "striped", *SPRITES, *SHAPES)
-RADIUS, WORDS_MAX = 8.0, 8  # of a sprite; of a prompt
-ARCHITECTURE = dict(dim=128, ffn_dim=384, num_heads=2, num_layers=6, text_dim=len(WORDS), freq_dim=64,
+RADIUS, WORDS_MAX, MATCH_BLOCK = 8.0, 8, 5  # of a sprite; of a prompt; see matching_loss
+ARCHITECTURE = dict(dim=128, ffn_dim=384, num_heads=4, num_layers=6, text_dim=len(WORDS), freq_dim=64,
                     patch_size=(1, 3, 3))  # fmt: skip
 
 # ---- World -----------------------------------------------------------------------------------------------------------
@@ -64,12 +64,12 @@ def draw_scene(generator, camera=None, sprite=None):
     camera = camera or choose(["pan"] * 11 + ["zoom"] * 3 + ["rotation"] * 3 + ["still"] * 3, g)
     sprite = (camera == "still" or draw(0, 1, g) < 0.3) if sprite is None else sprite
     scene = {"scale": choose(list(SCALES), g), "palette": choose(PALETTES, g), "texture": choose(TEXTURES, g)}
-    pan, zoom, rotation = draw_velocity(3.0, g), draw(-0.045, 0.045, g), draw(-0.055, 0.055, g)
+    pan, zoom, rotation = draw_velocity(5.0, g), draw(-0.07, 0.07, g), draw(-0.09, 0.09, g)
     pan = pan if camera == "pan" else (0.0, 0.0)
     scene["camera"] = (*pan, zoom * (camera == "zoom"), rotation * (camera == "rotation"))
     if sprite:
         scene |= {"color": choose(SPRITES, g), "shape": choose(SHAPES, g), "striped": draw(0, 1, g) < 0.4}
-        velocity = draw_velocity(2.5, g)
+        velocity = draw_velocity(4.0, g)
         room = [side / 2 - 0.7 * RADIUS - abs(v) * (FRAMES - 1) / 2 for side, v in zip(SIZE, velocity)]  # stays in view
         scene |= {"velocity": velocity, "place": tuple(draw(-r, r, g) for r in room)}
     return scene
@@ -190,8 +190,19 @@ class Denoiser(wan_min.DiT):
     A token's 108 numbers of noise, which the velocity holds, would fill most of the width of so small a model.
     """
 
+    def clean(self, x, t, context):
+        return super().forward(x, t, context)
+
+    def clean_and_qk(self, x, t, context):
+        """The clean clip, and q, k of MATCH_BLOCK's self-attention as of DiT.qk, from one run."""
+        block, inputs = self.blocks[MATCH_BLOCK - 1], []
+        hook = block.register_forward_pre_hook(lambda _, args: inputs.extend(args))
+        clean = self.clean(x, t, context)
+        hook.remove()
+        return clean, block(*inputs, only_qk=True)
+
     def forward(self, x, t, context):
-        return (x - super().forward(x, t, context)) / (t / 1000).clamp(min=0.05).view(-1, 1, 1, 1, 1)
+        return (x - self.clean(x, t, context)) / (t / 1000).clamp(min=0.05).view(-1, 1, 1, 1, 1)
 
 
 # ---- Measuring what a clip shows and how it moves --------------------------------------------------------------------
@@ -228,13 +239,14 @@ def alignment_error(video, weights, cameras, gap, step):
 def measure_camera(video):
     """The camera motion of a clip (3, F, H, W) under which its frames agree best: (4,), see draw_scene.
 
-    A grid of all motions is compared frame to frame; the best is refined on ever more distant frames.
+    A grid of motions is compared frame to frame; the best is refined on ever more distant frames.
     """
     weights, unit = 1 - sprite_weights(video), torch.tensor([1.0, 1.0, 0.04, 0.04])  # of like effect on the pixels
-    pans, rates = torch.arange(-3.75, 3.8, 0.75), torch.tensor([-0.035, 0.0, 0.035])
-    cameras = torch.cartesian_prod(pans, pans, rates, rates)
-    error = torch.cat([alignment_error(video, weights, part, 1, 2) for part in cameras.split(128)])
-    best = cameras[error.argmin()]
+    pans, rates, none = torch.arange(-5.25, 5.3, 0.75), torch.arange(-0.08, 0.09, 0.04), torch.zeros(1)
+    slow = pans[pans.abs() < 1]
+    cameras = [torch.cartesian_prod(pans, pans, none, none), torch.cartesian_prod(slow, slow, rates, rates)]
+    error = torch.cat([alignment_error(video, weights, part, 1, 2) for part in torch.cat(cameras).split(128)])
+    best = torch.cat(cameras)[error.argmin()]
     for gap in (1, 2, 4):
         best = unit * minimize(lambda x, gap=gap: alignment_error(video, weights, x * unit, gap, 1).sum(), best / unit)
     return best
@@ -304,16 +316,20 @@ def held_out(seed, camera=None, sprite=None):
     return render(scene, g), scene, describe(draw_scene(g, camera, "velocity" in scene))
 
 
+def prepare(video, prompt, seed, device="cpu"):
+    """What fastvmt.sample needs: noise, contexts of the prompt, of the negative and of the empty one, reference."""
+    reference = encode(video[None]).to(device)
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    return noise, encode_prompts([prompt, "", ""]).to(device).split(1), reference
+
+
 def held_out_cases(seed, device="cpu", count=8):
     """Clips for fastvmt.ablate: (noise, contexts, reference latents, function from latents to motion error)."""
     cases = []
     for n, camera in zip(range(count), ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still") * count):
         video, scene, prompt = held_out(10000 + seed + n, camera, camera == "still")
-        reference = encode(video[None])
-        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed + n))
-        contexts = encode_prompts([prompt, "", ""]).to(device).split(1)
         error = partial(lambda scene, latents: motion_error(decode(latents)[0].cpu(), scene), scene)
-        cases.append((noise.to(device), contexts, reference.to(device), error))
+        cases.append((*prepare(video, prompt, seed + n, device), error))
     return cases
 
 
@@ -333,16 +349,55 @@ def load():
 
 
 def draw_batch(count, generator, shape=(FRAMES, *SIZE)):
-    """Training clips and contexts: latents (B, 16, F, h, w), (B, 8, words); a word, or all of them, may be missing.
+    """Training clips: latents (B, 16, F, h, w), contexts (B, 8, words) and token_matches of each, (B, ...).
 
-    shape: of the part of the clips that is taken, at random places.
+    shape: of the part of the clips that is taken, at random places. A word, or all of them, may be missing.
     """
     scenes = [draw_scene(generator) for _ in range(count)]
     starts = [[int(draw(0, full - n + 1, generator)) for full, n in zip((FRAMES, *SIZE), shape)] for _ in scenes]
     parts = [[slice(a, a + n) for a, n in zip(start, shape)] for start in starts]
     video = torch.stack([render(scene, generator, part) for scene, part in zip(scenes, parts)])
     words = [[w for w in known_words(describe(s))[0] if draw(0, 1, generator) > 0.05] for s in scenes]
-    return encode(video), embed_words([w if draw(0, 1, generator) > 0.1 else [] for w in words])
+    context = embed_words([w if draw(0, 1, generator) > 0.1 else [] for w in words])
+    return encode(video), context, torch.stack([token_matches(s, part) for s, part in zip(scenes, parts)])
+
+
+def token_matches(scene, part):
+    """Where the content of each token is on each frame, shared among the four tokens around it: (F, S, F, S).
+
+    Zero where it is out of view or hidden by the sprite, and from a frame to itself.
+    """
+    camera, times, side = torch.tensor(scene["camera"]), frame_times()[part[0]], 2 * ARCHITECTURE["patch_size"][1]
+    centers = F.avg_pool2d(pixel_grid()[tuple(part[1:])].permute(2, 0, 1), side).permute(1, 2, 0)  # (H, W, 2)
+    points = centers - (times[:, None] * camera[:2])[:, None, None]
+    points = torch.einsum("fxy,fhwy->fhwx", similarity(camera, -times), points)  # mid-clip (F, H, W, 2)
+    points = torch.einsum("gxy,fhwy->fhwgx", similarity(camera, times), points) + times[:, None] * camera[:2]
+    known = ~torch.eye(len(times), dtype=bool)[:, None, None].expand(points.shape[:-1])
+    if "color" in scene:
+        path = torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
+        inside = (centers - path[:, None, None]).norm(dim=-1) < RADIUS  # (F, H, W)
+        hidden = (points - path).norm(dim=-1) < RADIUS
+        carried = centers[:, :, None] + (path - path[:, None])[:, None, None]
+        points = torch.where(inside[..., None, None], carried, points)
+        known = known & (inside[..., None] | ~hidden)
+    points = (points - centers[0, 0]) / side  # in tokens
+    size = torch.tensor(centers.shape[:2])
+    known = known & ((points > -0.5) & (points < size - 0.5)).all(-1)
+    points = points.clamp(min=0).minimum(size - 1)
+    row, col = (F.relu(1 - (points[..., n, None] - torch.arange(size[n])).abs()) for n in (0, 1))
+    share = row[..., :, None] * col[..., None, :] * known[..., None, None]
+    return rearrange(share, "f h w g y x -> f (h w) g (y x)")
+
+
+def matching_loss(q, k, matches):
+    """Cross-entropy of attention with the true matches (B, F, S, F, S), of q and k (B, F·S, heads, D): scalar.
+
+    It is what a big video model learns from its data. The attention is what the AMF reads: of the heads' means, over
+    one frame at a time.
+    """
+    q, k = (x.mean(2).unflatten(1, matches.shape[1:3]) for x in (q, k))
+    attention = torch.einsum("bfqd,bgkd->bfqgk", q, k) / q.shape[-1] ** 0.5
+    return -(attention.log_softmax(-1) * matches).sum() / matches.sum().clamp(min=1)
 
 
 def orthogonalize(g):
@@ -377,16 +432,17 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(u, alpha=group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
 
-STAGES = (  # steps, clips a step, (frames, rows, columns) of the clips, share of the learning rates at start and end
-    (3000, 4, (3, *SIZE), 1.0, 1.0),  # short clips teach the textures in many cheap steps
-    (4000, 2, (FRAMES, *SIZE), 0.6, 0.0),
+STAGES = (  # steps, clips a step, (frames, rows, columns) of the clips, jitter, learning rates' shares at start and end
+    (4000, 4, (3, *SIZE), 0.7, 1.0, 1.0),  # short clips teach the textures in many cheap steps
+    (11500, 2, (FRAMES, *SIZE), 0.0, 0.7, 0.0),
 )
 
 
-def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100):
-    """Flow matching on clips made on the fly; saves the moving average of the weights as bf16 to `out`.
+def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100, compile=False):
+    """Flow matching on clips made on the fly, and matching_loss; saves the weights' moving average as bf16 to `out`.
 
-    rates: learning rates of AdamW and, for the matrices of the blocks, Muon.
+    rates: learning rates of AdamW and, for the matrices of the blocks, Muon. A stage's jitter is the spread of the
+    noise level's logit over a clip's frames: cleaner frames help to find the content of noisier ones.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -399,29 +455,34 @@ def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100):
     others = [p for p in dit.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01), Muon(matrices)
     average = torch.optim.swa_utils.AveragedModel(dit, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    start, total, done, steps = time.perf_counter(), 0.0, 0, sum(stage[0] for stage in stages)
-    for length, batch, shape, first, last in stages:
+    for block in dit.blocks if compile else ():
+        block.compile()
+    start, total, done, steps = time.perf_counter(), torch.zeros(2), 0, sum(stage[0] for stage in stages)
+    for length, batch, shape, jitter, first, last in stages:
         for step in range(length):
-            clean, context = draw_batch(batch, generator, shape)
+            clean, context, matches = draw_batch(batch, generator, shape)
             noise = F.pad(torch.randn(clean[:, :12].shape, generator=generator), (0, 0) * 3 + (0, 4))
-            sigma = (0.5 + torch.randn(batch, generator=generator)).sigmoid()  # a video shows through much noise
-            x = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-            error = (dit(x, 1000 * sigma, context) - (noise - clean))[:, :12].square().mean((1, 2, 3, 4))
-            loss = (error * (sigma / 0.2).clamp(max=1).square()).mean()  # below 0.2 a clip is all but clean
+            logit = 0.5 + torch.randn(batch, 1, generator=generator)  # a video shows through much noise
+            logits = logit + jitter * torch.randn(batch, shape[0], generator=generator)
+            sigma = logits.sigmoid()[:, None, :, None, None]
+            found, (q, k) = dit.clean_and_qk(torch.lerp(clean, noise, sigma), 1000 * logit[:, 0].sigmoid(), context)
+            error = ((found - clean)[:, :12] / sigma.clamp(min=0.2)).square().mean()  # below, a clip is all but clean
+            match = matching_loss(q, k, matches)
             for optimizer, rate in zip(optimizers, rates):
                 share = min(1, (done + 1) / 100) * (first + (last - first) * step / length)
                 optimizer.param_groups[0]["lr"] = rate * share
                 optimizer.zero_grad()
-            loss.backward()
+            (error + 0.1 * match).backward()
             torch.nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             average.update_parameters(dit)
-            total, done = total + loss.item(), done + 1
+            total, done = total + torch.stack([error, match]).detach(), done + 1
             if done % log == 0:
                 seconds = time.perf_counter() - start
-                print(f"step {done} of {steps}: loss {total / log:.4f}, {seconds:.0f} s", flush=True)
-                total = 0.0
+                losses = "loss {:.4f}, matching {:.3f}".format(*(total / log).tolist())
+                print(f"step {done} of {steps}: {losses}, {seconds:.0f} s", flush=True)
+                total = torch.zeros(2)
             if done % 500 == 0 or done == steps:
                 save_file({name: p.bfloat16().contiguous() for name, p in average.module.state_dict().items()}, out)
 
@@ -429,4 +490,6 @@ def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="toy/weights.safetensors", type=Path)
-    train(parser.parse_args().out)
+    parser.add_argument("--compile", action="store_true", help="a quarter faster; needs a C++ compiler")
+    args = parser.parse_args()
+    train(args.out, compile=args.compile)
