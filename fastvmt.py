@@ -528,6 +528,7 @@ ABLATIONS = {
     "w/o window and step-skip": {"window": None, "interval": 1},
     "argmax centre": {"center": "argmax"},
     "clean reference": {"ref_noise": "clean"},
+    "matched reference": {"ref_noise": "match"},
     "no transfer": {"guided_fraction": 0.0},
 }
 
@@ -540,7 +541,9 @@ def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, cases=(), 
     they add rows for the other blocks and a last column with the mean and the standard deviation of the errors.
     """
     blocks = {f"block {n}": {"block": n} for n in range(1, len(dit.blocks) + 1) if n != config.block and cases}
-    ablations, meter, device = ABLATIONS | blocks, Meter(dit), noise.device
+    ablations = {name: change for name, change in (ABLATIONS | blocks).items()
+                 if not change or replace(config, **change) != config}  # fmt: skip
+    meter, device = Meter(dit), noise.device
     rows, (context, _, null) = {name: [] for name in ablations}, contexts
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
 

@@ -1538,10 +1538,15 @@ def test_toy_matches_follow_the_content():
         for i, j in ((0, 1), (5, 2)):
             share = matches[i, :, j]
             found = share @ centers
-            known = (share.sum(1) > 0.99) & (found.abs() < torch.tensor([20.9, 29.9])).all(1)  # those beside are clamped
+            known = (share.sum(1) > 0.99) & (found.abs() < torch.tensor([20.9, 29.9])).all(
+                1
+            )  # those beside are clamped
             assert known.sum() > 30
-            here, there = (F.grid_sample(video[None, :, n], (x / torch.tensor([24.0, 33.0])).flip(-1)[None, None],
-                                         align_corners=False)[0, :, 0] for n, x in ((i, centers), (j, found)))  # fmt: skip
+            edge = torch.tensor([24.0, 33.0])
+            here, there = (
+                F.grid_sample(video[None, :, n], (x / edge).flip(-1)[None, None], align_corners=False)[0, :, 0]
+                for n, x in [(i, centers), (j, found)]
+            )
             assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
 
 
@@ -1577,7 +1582,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     plain, guided = ((x - videos[0]).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
     assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
     settings = metadata_of(tmp_path / "out.mp4")
-    assert settings["method"]["tau"] == 3 and settings["settings"]["cfg_scale"] == 2
+    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 2
     ref = write_clip(tmp_path / "in.mp4", num_frames=14)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66" in text and "does not know" not in text
@@ -1626,6 +1631,7 @@ def test_ablation_tells_the_true_error(clip, capsys, monkeypatch):
                                 reference, CONFIG, rounds=1, cases=cases))  # fmt: skip
     rows = [[cell.strip() for cell in line.split("|")][1:-1] for line in lines if line.startswith("|")]
     changes = fastvmt.ABLATIONS | {f"block {n}": {"block": n} for n in (1, 2, 4)}
+    del changes["matched reference"]  # as the full method has it
     assert [row[0] for row in rows[2:]] == list(changes) and {len(row) for row in rows} == {12}
     samples = samples[1 + len(changes) :]  # after the warm-up and the timed ones
     assert len(samples) == 3 * len(changes)
