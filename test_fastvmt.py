@@ -1538,15 +1538,13 @@ def test_toy_matches_follow_the_content():
         for i, j in ((0, 1), (5, 2)):
             share = matches[i, :, j]
             found = share @ centers
-            known = (share.sum(1) > 0.99) & (found.abs() < torch.tensor([20.9, 29.9])).all(
-                1
-            )  # those beside are clamped
+            inner = (found.abs() < torch.tensor([20.9, 29.9])).all(1)  # those beside are clamped
+            known = inner & (share.sum(1) > 0.99)
             assert known.sum() > 30
             edge = torch.tensor([24.0, 33.0])
-            here, there = (
-                F.grid_sample(video[None, :, n], (x / edge).flip(-1)[None, None], align_corners=False)[0, :, 0]
-                for n, x in [(i, centers), (j, found)]
-            )
+            grids = [(x / edge).flip(-1)[None, None] for x in (centers, found)]
+            here, there = (F.grid_sample(video[None, :, n], grid, align_corners=False)[0, :, 0]
+                           for n, grid in zip((i, j), grids))  # fmt: skip
             assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
 
 

@@ -4,9 +4,9 @@ The world knows what no real video tells: the exact motion of every clip. A DiT 
 prompts that name what is seen and never how it moves, so that a transferred motion can only come from the guidance.
 Shapes: B clips, F frames, H×W pixels. Positions are (row, column) in pixels, motions are per frame.
 
-    python -m toy.train
+    python -m toy.train --compile
 
-trains the weights in 100 minutes on two CPU cores (with --compile) and writes them to toy/weights.safetensors.
+trains the weights in 100 minutes on two CPU cores and writes them to toy/weights.safetensors.
 """
 
 import argparse
@@ -120,19 +120,28 @@ def frame_times(frames=FRAMES):
     return torch.arange(frames) - (frames - 1) / 2
 
 
+def mid_clip(points, camera, times):
+    """Where what is at points (H, W, 2) at each of the times (F,) is in the middle of the clip: (F, H, W, 2)."""
+    points = points - (times[:, None] * camera[:2])[:, None, None]
+    return torch.einsum("fxy,fhwy->fhwx", similarity(camera, -times), points)
+
+
+def sprite_path(scene, times):
+    """Where the sprite's centre is at times (F,): (F, 2)."""
+    return torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
+
+
 def render(scene, generator, part=(slice(None),) * 3):
     """Video (3, F, H, W) in [-1, 1] of a scene: what is mid-clip at q is at e^{t·zoom}·R(t·rotation)·q + t·v at t.
 
     part: slices of the frames, rows and columns that are wanted.
     """
     camera, times, pixels = torch.tensor(scene["camera"]), frame_times()[part[0]], pixel_grid()[tuple(part[1:])]
-    points = pixels - (times[:, None] * camera[:2])[:, None, None]  # (F, H, W, 2)
-    points = torch.einsum("fxy,fhwy->fhwx", similarity(camera, -times), points)
-    inside = draw_texture(points, scene["texture"], SCALES[scene["scale"]], generator)
+    inside = draw_texture(mid_clip(pixels, camera, times), scene["texture"], SCALES[scene["scale"]], generator)
     low, high = (torch.tensor(COLORS[name]) for name in scene["palette"].split("-"))
     video = low + (3 * inside).sigmoid()[..., None] * (high - low)  # (F, H, W, 3), edges about a pixel wide
     if "color" in scene:
-        path = torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
+        path = sprite_path(scene, times)
         y, x = (pixels - path[:, None, None]).unbind(-1)
         radius = torch.hypot(y, x)
         depth = {"disc": RADIUS - radius, "square": 0.9 * RADIUS - torch.maximum(y.abs(), x.abs()),
@@ -191,6 +200,7 @@ class Denoiser(wan_min.DiT):
     """
 
     def clean(self, x, t, context):
+        """The clean clip (B, 16, F, h, w) that shows through x; arguments as of DiT.forward."""
         return super().forward(x, t, context)
 
     def clean_and_qk(self, x, t, context):
@@ -244,9 +254,10 @@ def measure_camera(video):
     weights, unit = 1 - sprite_weights(video), torch.tensor([1.0, 1.0, 0.04, 0.04])  # of like effect on the pixels
     pans, rates, none = torch.arange(-5.25, 5.3, 0.75), torch.arange(-0.08, 0.09, 0.04), torch.zeros(1)
     slow = pans[pans.abs() < 1]
-    cameras = [torch.cartesian_prod(pans, pans, none, none), torch.cartesian_prod(slow, slow, rates, rates)]
-    error = torch.cat([alignment_error(video, weights, part, 1, 2) for part in torch.cat(cameras).split(128)])
-    best = torch.cat(cameras)[error.argmin()]
+    grids = torch.cartesian_prod(pans, pans, none, none), torch.cartesian_prod(slow, slow, rates, rates)
+    cameras = torch.cat(grids)
+    error = torch.cat([alignment_error(video, weights, part, 1, 2) for part in cameras.split(128)])
+    best = cameras[error.argmin()]
     for gap in (1, 2, 4):
         best = unit * minimize(lambda x, gap=gap: alignment_error(video, weights, x * unit, gap, 1).sum(), best / unit)
     return best
@@ -369,12 +380,11 @@ def token_matches(scene, part):
     """
     camera, times, side = torch.tensor(scene["camera"]), frame_times()[part[0]], 2 * ARCHITECTURE["patch_size"][1]
     centers = F.avg_pool2d(pixel_grid()[tuple(part[1:])].permute(2, 0, 1), side).permute(1, 2, 0)  # (H, W, 2)
-    points = centers - (times[:, None] * camera[:2])[:, None, None]
-    points = torch.einsum("fxy,fhwy->fhwx", similarity(camera, -times), points)  # mid-clip (F, H, W, 2)
-    points = torch.einsum("gxy,fhwy->fhwgx", similarity(camera, times), points) + times[:, None] * camera[:2]
+    points = torch.einsum("gxy,fhwy->fhwgx", similarity(camera, times), mid_clip(centers, camera, times))
+    points = points + times[:, None] * camera[:2]
     known = ~torch.eye(len(times), dtype=bool)[:, None, None].expand(points.shape[:-1])
     if "color" in scene:
-        path = torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
+        path = sprite_path(scene, times)
         inside = (centers - path[:, None, None]).norm(dim=-1) < RADIUS  # (F, H, W)
         hidden = (points - path).norm(dim=-1) < RADIUS
         carried = centers[:, :, None] + (path - path[:, None])[:, None, None]
