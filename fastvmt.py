@@ -322,7 +322,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
         losses = []
         if step < guided:
             if step == 0 or config.ref_noise == "match":
-                level = sigma if config.ref_noise == "match" else 0.0
+                level = {"match": sigma, "clean": 0.0}[config.ref_noise]
                 flow_ref = noised_flow(dit, reference, noise, null, config, level)
             x, losses = guide(dit, x, sigma, context, flow_ref, config, checkpoint=checkpoint)
         t = torch.full((1,), 1000 * sigma, device=x.device)
@@ -783,6 +783,26 @@ def phase(name, seconds):
     seconds[name] = time.perf_counter() - start
 
 
+def prompt_contexts(args, model, device, seconds):
+    """Contexts (1, L, text_dim) of the prompt, of the negative prompt and of the empty one."""
+    prompts = [args.prompt, NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt, ""]
+    if model == "toy":
+        toy = load_toy()
+        known, unknown = toy.known_words(args.prompt)
+        vocabulary = f"the toy does not know {', '.join(unknown)}; it knows {', '.join(toy.WORDS)}"
+        if not known:
+            raise UserError(vocabulary)
+        if unknown:
+            print(vocabulary)
+        contexts = toy.encode_prompts(prompts).to(device)
+    elif args.random_weights:
+        contexts = wan_min.random_contexts(3, model, device)
+    else:
+        with phase("encoding the prompts", seconds):
+            contexts = wan_min.encode_prompts(prompts, model, device, offloaded=args.offload)
+    return contexts.split(1)
+
+
 def provenance(args, config):
     """What made a video, as JSON for its metadata; the paper's ethics statement promises such a marking."""
     local = {"out", "compare", "decode"} | vars(config).keys()
@@ -852,20 +872,7 @@ def run(args):
 
     seconds, host = {}, "cpu" if args.offload else device
     peak_memory(device, reset=True)
-    prompts = [args.prompt, NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt, ""]
-    if toy:
-        known, unknown = toy.known_words(args.prompt)
-        vocabulary = f"the toy does not know {', '.join(unknown)}; it knows {', '.join(toy.WORDS)}"
-        if not known:
-            raise UserError(vocabulary)
-        if unknown:
-            print(vocabulary)
-        contexts = toy.encode_prompts(prompts).to(device).split(1)
-    elif args.random_weights:
-        contexts = wan_min.random_contexts(3, model, device).split(1)
-    else:
-        with phase("encoding the prompts", seconds):
-            contexts = wan_min.encode_prompts(prompts, model, device, offloaded=args.offload).split(1)
+    contexts = prompt_contexts(args, model, device, seconds)
     vae = load_codec(model, device)
     text = f"encoding the reference, {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps"
     with phase(text, seconds) as progress:

@@ -518,8 +518,9 @@ def test_guided_steps():
 
 def test_bad_arguments_of_the_method(clip, dit):
     noise, reference, context, negative, null = clip
-    for kwargs in (dict(reference=reference), dict(reference=reference[:, :, :1], null=null)):
-        with pytest.raises(ValueError, match="reference"):
+    typo = dict(reference=reference, null=null, config=MotionConfig(block=3, ref_noise="matched"))
+    for kwargs in (dict(reference=reference), dict(reference=reference[:, :, :1], null=null), typo):
+        with pytest.raises((ValueError, KeyError), match="reference|matched"):
             fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, **kwargs)
     x = randn(3, 4, 5, 6)
     for frames, kwargs in ((1, {}), (3, dict(span=0)), (3, dict(window=0)), (3, dict(center="middle"))):
@@ -1190,12 +1191,12 @@ def test_every_setting_reaches_the_method(monkeypatch, tmp_path):
     assert fastvmt.main([str(a) for a in [*args, "--window", "none"]]) == 0 and seen["config"].window is None
 
 
-@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "odd", "late", "gif"])
+@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "odd", "late", "gif", "narrow"])
 def test_reading_videos(tmp_path, kind):
     size, path = (101, 67) if kind == "odd" else (48, 80), tmp_path / "in.mp4"
     options = {"sound": ["-f", "lavfi", "-t", "1", "-i", "sine", "-map", "0", "-map", "1"],
                "variable": ["-vf", "setpts=PTS+2/12/TB*gte(N\\,6)", "-fps_mode", "vfr"],
-               "odd": ["-pix_fmt", "yuv444p"], "gif": ["-pix_fmt", "yuv420p"],
+               "narrow": ["-vf", "setsar=1/4"], "odd": ["-pix_fmt", "yuv444p"], "gif": ["-pix_fmt", "yuv420p"],
                "late": ["-vf", "setpts=PTS+0.5/TB"]}.get(kind, [])  # fmt: skip
     path, rate = (tmp_path / "in.gif", 10) if kind == "gif" else (path, 12)
     if kind == "sound":  # outputs' options follow all inputs
@@ -1207,7 +1208,7 @@ def test_reading_videos(tmp_path, kind):
         path.rename(tmp_path / "flat.mp4")
         ffmpeg("-display_rotation", "90", "-i", tmp_path / "flat.mp4", "-c", "copy", path)
     video, fps = fastvmt.read_video(path, 81, (32, 64), turn=True)
-    portrait = kind in ("rotated", "odd")
+    portrait = kind in ("rotated", "odd", "narrow")
     times = [n / rate + (n >= 6) * 2 / 12 * (kind == "variable") for n in range(14)]  # of the file's frames
     assert fps == pytest.approx(14 / (times[-1] + 1 / 12) if kind == "variable" else rate, abs=0.1)
     assert video.shape == (1, 3, 13, *((64, 32) if portrait else (32, 64))), video.shape
@@ -1228,6 +1229,8 @@ def test_frames_are_covered_and_cropped_at_the_centre():
     assert fitted.shape == (3, 32, 64) and fitted[:, 2:-2].min() > 0.99
     wide = fastvmt.fit_frame(np.ascontiguousarray(frame.transpose(1, 0, 2)), (64, 32))
     close(wide, fitted.transpose(1, 2), 1e-5)
+    noise = fastvmt.fit_frame(np.random.default_rng(0).integers(0, 256, (256, 512, 3), np.uint8), (32, 64))
+    assert noise.std() < 0.2  # a mean of about 8x8 pixels, not one of them
 
 
 def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch):
@@ -1237,6 +1240,7 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
     again, fps = fastvmt.read_video(tmp_path / "o.mp4", 9, (64, 96))
     assert fps == 24 and (again - video).abs().mean() < 0.02
     close(again.mean((0, 2, 3, 4)), video.mean((0, 2, 3, 4)), 0.003)  # colours are not a level off
+    assert re.search(r"yuv420p\(tv, bt709", ffmpeg("-i", tmp_path / "o.mp4"))  # and players are told which they are
     (tmp_path / "o.mp4").unlink()
 
     (tmp_path / "o.mp4").write_text("an older result")
@@ -1411,19 +1415,21 @@ def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(wan_min, "encode_prompts", encode)
     monkeypatch.setattr(fastvmt, "sample", sample)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen["compiled"].append(type(self)))
     monkeypatch.setattr(fastvmt, "free_memory", lambda device: seen["free"])
     monkeypatch.setattr(wan_min, "activation_bytes", lambda *args: 80.0)
     args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5", "--out", tmp_path / "o.mp4"]
     for flags, negative, guided, free, checkpoint in (
         ([], fastvmt.NEGATIVE_PROMPT, 0.2, 101, False),
         (["--negative-prompt", "", "--dtype", "bf16"], "", 0.2, 99, True),
-        (["--negative-prompt", "blur", "--no-transfer"], "blur", 0.0, 101, False),
+        (["--negative-prompt", "blur", "--no-transfer", "--compile"], "blur", 0.0, 101, False),
     ):
-        seen["free"] = free
+        seen.update(free=free, compiled=[])
         assert run_main(capsys, *args, *flags)[0] == 0
         assert seen["prompts"] == ["a red fox", negative, ""]
         assert seen["config"].guided_fraction == guided and seen["checkpoint"] is checkpoint
         assert seen["dtype"] == (torch.bfloat16 if "bf16" in flags else torch.float32)
+        assert seen["compiled"] == [wan_min.Block] * 4 * ("--compile" in flags)
 
 
 def test_size_and_rate_of_the_reference(tmp_path, capsys):
