@@ -98,9 +98,9 @@ def table(dit, args, clips, first):
     yield "| motion | clips | plain | guided | guided/plain |"
     yield "|---|--:|--:|--:|--:|"
     names = {"pan": "pan, px", "zoom": "zoom, %", "rotation": "rotation, degrees", "still": "sprite, px"}
-    for camera, name in names.items():
+    for n, (camera, name) in enumerate(names.items()):
         errors = []
-        for seed in range(first, first + clips):
+        for seed in range(first + n * clips, first + (n + 1) * clips):
             _, scene, prompt, results = generate(dit, seed, camera, args)
             errors.append([component_error(result, scene, camera) for result in results])
             right.append([shows(result, prompt, classes) for result in results])
