@@ -31,13 +31,15 @@ def measure_palette(video):
 def texture_features(video, palette):
     """What tells textures apart, from the spectrum of a clip (3, F, H, W) of this palette: (features,).
 
-    Log mean wave number, its spread, and how much the directions of the waves agree modulo 180 and 90 degrees.
+    Log mean wave number, its spread, how much the directions of the waves agree modulo 180 and 90 degrees; share of the
+    second colour.
     """
     colors = torch.tensor([toy.COLORS[name] for name in palette.split("-")])
     axis = colors[1] - colors[0]
     centered = (video + 1) / 2 - colors.mean(0)[:, None, None, None]
     field = torch.einsum("cfhw,c->fhw", centered, 2 * axis / axis.square().sum())
-    field = field.clamp(-1, 1) * (1 - toy.sprite_weights(video))
+    ground = 1 - toy.sprite_weights(video)
+    field = field.clamp(-1, 1) * ground
     window = torch.hann_window(field.shape[1], False)[:, None] * torch.hann_window(field.shape[2], False)
     power = torch.fft.fft2((field - field.mean((1, 2), keepdim=True)) * window, s=(96, 96)).abs().square()
     ky, kx = torch.fft.fftfreq(96)[:, None], torch.fft.fftfreq(96)
@@ -47,18 +49,23 @@ def texture_features(video, palette):
     log_k = (power * k.log()).sum((1, 2))
     spread = (power * (k.log() - log_k[:, None, None]).square()).sum((1, 2))
     turns = [(power * torch.exp(1j * n * angle)).sum((1, 2)) for n in (2, 4)]
-    return torch.stack([log_k, spread.log(), turns[0].abs(), turns[1].abs()]).mean(1)
+    share = ((field > 0) * ground).sum((1, 2)) / ground.sum((1, 2))
+    return torch.stack([log_k, spread.log(), turns[0].abs(), turns[1].abs(), share]).mean(1)
 
 
 def texture_classes(count=480, seed=1):
-    """Normal distribution of the features of every (scale, texture), from clips of the world."""
+    """Normal distribution of the features of every (scale, texture), from clips of the world.
+
+    All have one covariance: with each its own, what is unlike any clip would be called by the most varied texture.
+    """
     g, features = torch.Generator().manual_seed(seed), {}
     for _ in range(count):
         scene = toy.draw_scene(g)
         row = texture_features(toy.render(scene, g), scene["palette"])
         features.setdefault((scene["scale"], scene["texture"]), []).append(row)
     stacked = {name: torch.stack(rows) for name, rows in features.items()}
-    return {name: torch.distributions.MultivariateNormal(x.mean(0), x.T.cov()) for name, x in stacked.items()}
+    covariance = torch.stack([x.T.cov() for x in stacked.values()]).mean(0)
+    return {name: torch.distributions.MultivariateNormal(x.mean(0), covariance) for name, x in stacked.items()}
 
 
 def shows(video, prompt, classes):
