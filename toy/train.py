@@ -102,7 +102,7 @@ def draw_texture(points, kind, wavelength, generator):
     pixels = wavelength / (2 * math.pi) * (1.3 if kind == "checks" else 1)
     angle, bend = draw(0.6, 1.0, generator), 0.8 if kind == "stripes" else 0.5
     axes = torch.tensor([[math.sin(angle), math.cos(angle)], [math.cos(angle), -math.sin(angle)]])
-    points = points + 100 * torch.rand(2, generator=generator)
+    points = points + 100 * torch.rand(2, generator=generator)  # or all lattices would meet the centre alike
     a, b = ((points @ axis) / pixels + bend * waves(points, 6, 1.8 * wavelength, generator) for axis in axes)
     if kind == "blobs":
         return pixels * (0.8 * (a.cos() + 2 * (a / 2).cos() * (0.75**0.5 * b).cos()) - 0.4)
@@ -452,7 +452,7 @@ class Muon(torch.optim.Optimizer):
 
 STAGES = (  # steps, clips a step, (frames, rows, columns) of the clips, jitter, learning rates' shares at start and end
     (3000, 12, (1, *SIZE), 0.0, 1.0, 1.0),  # frames alone teach the words in many cheap steps
-    (4000, 4, (3, *SIZE), 0.7, 1.0, 1.0),
+    (4000, 4, (3, *SIZE), 0.7, 1.0, 1.0),  # short clips, the textures and the matches
     (9500, 2, (FRAMES, *SIZE), 0.0, 0.7, 0.0),
 )
 
