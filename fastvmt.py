@@ -610,9 +610,10 @@ NEGATIVE_PROMPT = (
 PRESETS = {  # a model's own defaults, where they are not the paper's
     "tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3},
     "small": {"canvas": (320, 480), "frames": 17, "block": 8},
-    "toy": {"canvas": (48, 66), "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 2.0, "negative_prompt": "",
-            "compare": Path("compare.mp4"), "block": 5, "tile": (2, 2), "window": 5, "span": 3, "tau": 2.0,
-            "lambda_window": 0.1, "guided_fraction": 0.5, "lr": (0.006, 0.004), "ref_noise": "clean"},
+    "toy": {"canvas": (48, 66), "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 6.0, "strength": 0.95,
+            "negative_prompt": "", "compare": Path("compare.mp4"), "block": 5, "tile": (2, 2), "window": 5, "span": 5,
+            "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 20, "lr": (0.006, 0.004),
+            "ref_noise": "clean"},
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -911,6 +912,7 @@ def run(args):
                          callback=callback, **options)  # fmt: skip
     if toy:  # cheap enough to show what the guidance changed
         with phase("plain generation", seconds):
+            sigmas = wan_min.flow_sigmas(args.steps, args.shift)  # from pure noise, whatever the strength
             plain = [sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale)]
     record, kept = provenance(args, config), args.out.with_suffix(".latents.safetensors")
     save_file({"latents": latents.cpu()}, kept, metadata={"record": record, "fps": str(fps)})

@@ -1588,7 +1588,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     plain, guided = ((x - videos[0]).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
     assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
     settings = metadata_of(tmp_path / "out.mp4")
-    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 2
+    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 6
     ref = write_clip(tmp_path / "in.mp4", num_frames=14)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66" in text and "does not know" not in text
@@ -1623,8 +1623,8 @@ def test_the_method_moves_the_toy():
     for seed, camera in zip(range(30001, 30005), ("pan", "pan", "zoom", "still")):
         _, scene, _, results = effect.generate(dit, seed, camera, args)
         errors.append([toy.motion_error(result, scene) for result in results])
-    plain, guided = torch.tensor(errors).mean(0)
-    assert guided < 0.6 * plain, errors
+    plain, start, guided = torch.tensor(errors).mean(0)
+    assert guided < 0.6 * min(plain, start), errors
 
 
 def test_ablation_tells_the_true_error(clip, capsys, monkeypatch):
