@@ -1588,7 +1588,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     plain, guided = ((x - videos[0]).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
     assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
     settings = metadata_of(tmp_path / "out.mp4")
-    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 6
+    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 5
     ref = write_clip(tmp_path / "in.mp4", num_frames=14)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66" in text and "does not know" not in text
@@ -1613,7 +1613,7 @@ def test_the_toys_flow_points_along_the_motion():
             found = 6 * flow[j - i == offset].mean((0, 1, 2))  # in pixels
             true = offset * torch.tensor(pan)
             assert torch.cosine_similarity(found, true, dim=0) > 0.95, (pan, found)
-            assert 0.5 < found.norm() / true.norm() < 1.2, (pan, found)
+            assert 0.5 < found.norm() / true.norm() < 1.3, (pan, found)  # τ is high: the flow tends to whole tokens
 
 
 def test_the_method_moves_the_toy():
