@@ -610,9 +610,9 @@ NEGATIVE_PROMPT = (
 PRESETS = {  # a model's own defaults, where they are not the paper's
     "tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3},
     "small": {"canvas": (320, 480), "frames": 17, "block": 8},
-    "toy": {"canvas": (48, 66), "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 7.0, "strength": 0.97,
+    "toy": {"canvas": (48, 66), "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 5.0, "strength": 0.97,
             "negative_prompt": "", "compare": Path("compare.mp4"), "block": 5, "tile": (2, 2), "window": 5, "span": 5,
-            "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 15, "lr": (0.009, 0.006),
+            "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 15, "lr": (0.006, 0.005),
             "ref_noise": "clean"},
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
