@@ -147,7 +147,7 @@ if __name__ == "__main__":
     options, rest = parser.parse_known_args()
     args, dit = fastvmt.parse_arguments(["--model", "toy", *rest]), toy.load()
     if options.figure:
-        figure(dit, args, options.figure, [("pan", 1), ("zoom", 3), ("rotation", 4), ("still", 3)])
+        figure(dit, args, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
     else:
         for line in table(dit, args, options.clips, options.first):
             print(line, flush=True)
