@@ -1617,7 +1617,7 @@ def test_the_toys_flow_points_along_the_motion():
 
 
 def test_the_method_moves_the_toy():
-    """The one test of what all this is for; it fails if the loss has the wrong sign or the window is elsewhere."""
+    """The one test of what all this is for. What is wrong alike in both videos' flow, only the test above can tell."""
     dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "12"])
     errors = []
     for seed, camera in zip(range(30001, 30005), ("pan", "pan", "zoom", "still")):
