@@ -1602,7 +1602,8 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_the_toys_flow_points_along_the_motion():
-    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy"])
+    # Not the toy's own τ, at which the flow tends to whole tokens.
+    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
     for seed, pan in enumerate([(3.0, 0.5), (-0.5, -4.0), (-3.0, 3.0)]):
         scene = corner_scene(camera=(*pan, 0.0, 0.0))
         latents = toy.encode(toy.render(scene, torch.Generator().manual_seed(seed))[None])
@@ -1613,7 +1614,7 @@ def test_the_toys_flow_points_along_the_motion():
             found = 6 * flow[j - i == offset].mean((0, 1, 2))  # in pixels
             true = offset * torch.tensor(pan)
             assert torch.cosine_similarity(found, true, dim=0) > 0.95, (pan, found)
-            assert 0.5 < found.norm() / true.norm() < 1.3, (pan, found)  # τ is high: the flow tends to whole tokens
+            assert 0.5 < found.norm() / true.norm() < 1.2, (pan, found)
 
 
 def test_the_method_moves_the_toy():
