@@ -746,9 +746,9 @@ def read_reference(args):
 
 def load_toy():
     try:
-        from toy import train as toy
+        from lab import toy
     except ImportError:
-        raise UserError("--model toy needs the folder toy/ beside fastvmt.py") from None
+        raise UserError("--model toy needs the folder lab/ beside fastvmt.py") from None
     return toy
 
 

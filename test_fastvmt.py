@@ -28,8 +28,7 @@ import torch.nn.functional as F
 import fastvmt
 import wan_min
 from fastvmt import MotionConfig
-from toy import effect
-from toy import train as toy
+from lab import effect, toy, train
 
 HERE = Path(__file__).parent
 
@@ -1521,15 +1520,15 @@ def test_toy_codec_and_words():
 
 def test_toy_training_lowers_the_loss(tmp_path, capsys):
     stages = (40, 1, (5, 24, 36), 0.7, 1.0, 1.0), (10, 1, (9, 48, 66), 0.0, 0.5, 0.0)
-    toy.train(tmp_path / "w.safetensors", stages, log=10)
+    train.train(tmp_path / "w.safetensors", stages, log=10)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 5 and losses[3] < 0.95 * losses[0] and losses[4] < losses[1], losses
     from safetensors.torch import load_file
 
-    weights, shipped = (load_file(path) for path in (tmp_path / "w.safetensors", HERE / "toy/weights.safetensors"))
+    weights, shipped = (load_file(path) for path in (tmp_path / "w.safetensors", HERE / "lab/weights.safetensors"))
     assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
     assert {v.dtype for v in shipped.values()} == {torch.bfloat16}
-    assert (HERE / "toy/weights.safetensors").stat().st_size < 8e6
+    assert (HERE / "lab/weights.safetensors").stat().st_size < 8e6
     assert not shipped["patch_embedding.weight"][:, 12:].any()  # the empty channels are neither read ...
     assert not shipped["head.head.weight"].unflatten(0, (9, 16))[:, 12:].any()  # ... nor written
 
@@ -1540,7 +1539,7 @@ def test_toy_matches_follow_the_content():
     for camera in ("pan", "zoom", "rotation", "still"):
         g = torch.Generator().manual_seed(2)
         scene = toy.draw_scene(g, camera, camera == "still")
-        matches = toy.token_matches(scene, (slice(1, 9), slice(None), slice(None)))
+        matches = train.token_matches(scene, (slice(1, 9), slice(None), slice(None)))
         video = toy.render(scene, g)[:, 1:]
         assert matches.shape == (8, 88, 8, 88) and not matches.diagonal(dim1=0, dim2=2).any()
         for i, j in ((0, 1), (5, 2)):
@@ -1564,7 +1563,7 @@ def test_toy_matching_loss():
     for sharpness in (50.0, 1.0, -50.0):
         q = sharpness * matches.view(1, 6, 1, 6).expand(1, 6, 2, 6)
         expected = math.log(2 + math.exp(-sharpness * 0.5 / 6**0.5))
-        assert toy.matching_loss(q, k, matches).item() == pytest.approx(expected, abs=1e-4)
+        assert train.matching_loss(q, k, matches).item() == pytest.approx(expected, abs=1e-4)
     dit, x = toy.Denoiser(**toy.ARCHITECTURE), randn(2, 16, 3, 6, 9)
     t, context = torch.tensor([300.0, 700.0]), toy.encode_prompts(["a disc", "red"])
     clean, qk = dit.clean_and_qk(x, t, context)

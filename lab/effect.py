@@ -1,6 +1,6 @@
 """How well the method moves the toy, on clips that it was not trained on: the README's table and its figure.
 
-python -m toy.effect
+python -m lab.effect
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import fastvmt
 import wan_min
-from toy import train as toy
+from lab import toy
 
 # ---- What a clip shows -----------------------------------------------------------------------------------------------
 
