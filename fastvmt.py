@@ -754,21 +754,20 @@ def load_toy():
 
 def load_codec(model, device):
     """What has the VAE's encode and decode: the VAE, or the toy's stand-in."""
-    return load_toy() if model == "toy" else wan_min.load(wan_min.VAE, model, device)
+    return load_toy() if model == "toy" else model.load_codec()
 
 
 def load_dit(model, device, dtype, progress=iter):
     if model == "toy":
         return wan_min.cast(load_toy().load(), dtype).to(device)
-    return wan_min.load(wan_min.DiT, model, device, dtype, progress=progress)
+    return model.load_dit(progress)
 
 
 def find_model(args):
-    if not args.random_weights and args.model not in ("tiny", "small"):
-        return "toy" if args.model == "toy" else wan_min.find_model(args.model)
-    if args.model not in wan_min.ARCHITECTURES:
-        raise UserError(f"--random-weights needs --model {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
-    return args.model
+    if args.model == "toy" and not args.random_weights:
+        return "toy"
+    dtype = DTYPES[args.dtype or ("fp32" if torch.device(args.device).type == "cpu" else "bf16")]
+    return wan_min.open_model(args.model, args.device, dtype, offload=args.offload, random_weights=args.random_weights)
 
 
 @contextmanager
@@ -796,11 +795,9 @@ def prompt_contexts(args, model, device, seconds):
         if unknown:
             print(vocabulary)
         contexts = toy.encode_prompts(prompts).to(device)
-    elif args.random_weights:
-        contexts = wan_min.random_contexts(3, model, device)
     else:
         with phase("encoding the prompts", seconds):
-            contexts = wan_min.encode_prompts(prompts, model, device, offloaded=args.offload)
+            contexts = model.encode_prompts(prompts)
     return contexts.split(1)
 
 
@@ -837,6 +834,7 @@ def run_decode(args):
         saved, fps = argparse.Namespace(**json.loads(metadata["record"])["settings"]), float(metadata["fps"])
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"latents {args.decode} cannot be read ({error})") from None
+    saved.device, saved.offload = args.device, False
     vae = load_codec(find_model(saved), args.device)
     with latents_kept(args.decode, args.out), phase("decoding", {}) as progress:
         write_video(args.out, vae.decode(latents.to(args.device), progress=progress), fps, metadata["record"])
@@ -865,11 +863,11 @@ def run(args):
     fps, model = args.fps or fps, find_model(args)
     config = motion_config(args)
     toy = load_toy() if model == "toy" else None
-    layers = toy.ARCHITECTURE["num_layers"] if toy else wan_min.dit_layers(model)
+    layers = toy.ARCHITECTURE["num_layers"] if toy else model.blocks
     if config.block > layers:
         raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
-    if model in wan_min.ARCHITECTURES:
-        print(f"{model} with random weights: the picture is noise by design; only the machinery is real")
+    if args.random_weights or args.model in ("tiny", "small"):
+        print(f"{args.model} with random weights: the picture is noise by design; only the machinery is real")
 
     seconds, host = {}, "cpu" if args.offload else device
     peak_memory(device, reset=True)
@@ -881,7 +879,6 @@ def run(args):
     with phase("loading the DiT", seconds) as progress:
         dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
         dit = load_dit(model, host, dtype, progress)
-        dit = wan_min.offload(dit, device) if args.offload else dit
         for block in dit.blocks if args.compile else ():
             block.compile()
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)

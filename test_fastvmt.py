@@ -383,7 +383,7 @@ def test_offload_streams_two_blocks_at_most_and_changes_nothing(clip, monkeypatc
         return out
 
     monkeypatch.setattr(torch.Tensor, "to", spy)
-    streamed = wan_min.offload(streamed, "cpu")
+    streamed = wan_min.offload_blocks(streamed, "cpu")
     run = dict(reference=reference, null=null, config=CONFIG, checkpoint=True)
     results = [fastvmt.sample(model, noise, wan_min.flow_sigmas(2), context, negative, **run)
                for model in (plain, streamed)]  # fmt: skip
@@ -669,14 +669,6 @@ def test_umt5_equals_transformers():
     assert 0.3 < out.std() < 3
 
 
-def test_prompts_are_padded_with_zeros_after_encoding():
-    contexts = wan_min.encode_prompts(["a red fox", "", "a   red\n&amp; fox"], "tiny")
-    assert contexts.shape == (3, 512, 64)
-    assert [(row.abs().sum(-1) > 0).sum().item() for row in contexts] == [4, 1, 5]  # words and the end token
-    close(contexts[:1], wan_min.encode_prompts(["a  red fox "], "tiny"), 1e-5)
-    assert (contexts[0, 0] - wan_min.encode_prompts(["a blue fox"], "tiny")[0, 0]).abs().max() > 1e-3
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints in the official layout
 # ---------------------------------------------------------------------------------------------------------------------
@@ -752,7 +744,7 @@ def official_umt5():
 ], ids=["DiT-1.3B", "DiT-14B", "VAE", "UMT5"])  # fmt: skip
 def test_parameters_have_the_official_names_and_shapes(cls, model, official):
     with torch.device("meta"):
-        module = cls(**wan_min.ARCHITECTURES[model][(wan_min.DiT, wan_min.VAE, wan_min.TextEncoder).index(cls)])
+        module = cls(**wan_min.ARCHITECTURES[model][0]) if cls is wan_min.DiT else cls()
     assert {name: tuple(p.shape) for name, p in module.state_dict().items()} == official
 
 
@@ -786,13 +778,16 @@ def write_tokenizer(path):
     tokenizer.save(str(path))
 
 
-def write_checkpoint(folder, shards=0, config=True):
+TEXT_ENCODER = dict(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
+
+
+def write_checkpoint(folder, shards=0):
     """A tiny checkpoint in the official layout; returns the modules that it came from."""
     from safetensors.torch import save_file
 
-    modules = {
-        cls: perturbed(wan_min.load(cls, "tiny", seed=7)) for cls in (wan_min.DiT, wan_min.VAE, wan_min.TextEncoder)
-    }
+    arguments, vae = wan_min.ARCHITECTURES["tiny"]
+    parts = {wan_min.DiT: arguments, wan_min.VAE: vae, wan_min.TextEncoder: TEXT_ENCODER}
+    modules = {cls: perturbed(wan_min.random_model(cls, sizes, seed=7)) for cls, sizes in parts.items()}
     weights = modules[wan_min.DiT].state_dict()
     folder.mkdir()
     if shards:
@@ -804,10 +799,8 @@ def write_checkpoint(folder, shards=0, config=True):
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     else:
         save_file(weights, folder / wan_min.DIT_FILE)
-    if config:
-        arguments = wan_min.ARCHITECTURES["tiny"][0] | {"in_dim": 16, "out_dim": 16, "eps": 1e-6, "text_len": 512}
-        arguments = {k: v for k, v in arguments.items() if k != "text_dim"}  # as in the official file
-        (folder / "config.json").write_text(json.dumps(arguments | {"model_type": "t2v", "_class_name": "WanModel"}))
+    official = {"in_dim": 16, "out_dim": 16, "eps": 1e-6, "text_len": 512, "model_type": "t2v"}
+    (folder / "config.json").write_text(json.dumps(arguments | official | {"vae": vae, "text_encoder": TEXT_ENCODER}))
     torch.save(modules[wan_min.VAE].state_dict(), folder / wan_min.VAE_FILE)
     torch.save(modules[wan_min.TextEncoder].state_dict(), folder / wan_min.TEXT_FILE)
     write_tokenizer(folder / wan_min.TOKENIZER_FILE)
@@ -839,13 +832,59 @@ def test_a_checkpoint_gives_the_video_of_its_modules(tmp_path, monkeypatch, shar
     assert written[0].std() > 0.05
 
 
-def test_architecture_is_read_from_the_shapes_too(tmp_path):
-    write_checkpoint(tmp_path / "model", config=False)
-    arguments = {cls: entry[0] for cls, entry in wan_min.check_checkpoint(tmp_path / "model").items()}
-    tiny = wan_min.ARCHITECTURES["tiny"]
-    assert arguments[wan_min.DiT] == tiny[0] | {"in_dim": 16, "num_heads": 1}  # 96 // 128, at least 1
-    assert arguments[wan_min.VAE] == tiny[1] | {"z_dim": 16}
-    assert arguments[wan_min.TextEncoder] == tiny[2] | {"num_buckets": 32}
+@pytest.mark.parametrize("model, other", [("1.3B", "14B"), ("14B", "1.3B")])
+def test_without_config_the_official_layout_of_that_width_is_expected(tmp_path, monkeypatch, model, other):
+    with torch.device("meta"):
+        modules = [wan_min.DiT(**wan_min.ARCHITECTURES[name][0]) for name in (model, other)]
+    weights, others = ({name: (tuple(p.shape), None) for name, p in module.state_dict().items()} for module in modules)
+    others["patch_embedding.bias"] = weights["patch_embedding.bias"]
+    monkeypatch.setattr(wan_min, "checkpoint_files", lambda folder: {wan_min.DiT: [folder / "dit"]})
+    monkeypatch.setattr(wan_min, "read_tensors", lambda path: weights)
+    assert wan_min.check_checkpoint(tmp_path, [wan_min.DiT])[wan_min.DiT][0] == wan_min.ARCHITECTURES[model][0]
+    monkeypatch.setattr(wan_min, "read_tensors", lambda path: others)
+    with pytest.raises(wan_min.ModelError, match="blocks.*(missing|unknown)"):
+        wan_min.check_checkpoint(tmp_path, [wan_min.DiT])
+
+
+def test_random_contexts_differ_by_prompt():
+    model = wan_min.open_model("tiny")
+    contexts = model.encode_prompts(["a red fox", "", "a blue fox", "a red fox", "caf\udce9"])
+    assert contexts.shape == (5, 512, 64) and contexts.dtype == torch.float32
+    assert torch.equal(contexts[0], contexts[3])
+    for n in (1, 2, 4):
+        assert abs(contexts[n].std() - 1) < 0.02 and (contexts[0] * contexts[n]).mean().abs() < 0.02
+    large = wan_min.open_model("1.3B", random_weights=True)
+    assert large.encode_prompts([""]).shape == (1, 512, 4096) and large.blocks == 30
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_open_model(tmp_path, offload):
+    modules = write_checkpoint(tmp_path / "model")
+    model = wan_min.open_model(str(tmp_path / "model"), "cpu", torch.bfloat16, offload=offload)
+    assert model[4:] == (((480, 832), (832, 480)), 81, 16.0, {}, None, None) and model.blocks == 4
+    assert wan_min.open_model("14B", random_weights=True)[4:] == model[4:]
+    seen = []
+    dit, codec = model.load_dit(lambda items: seen.extend(items) or items), model.load_codec()
+    assert len(seen) == len(modules[wan_min.DiT].state_dict())
+    assert all(block.ffn[0].weight.is_meta is offload for block in dit.blocks)
+    x, t, context = randn(1, 16, 2, 4, 6), torch.tensor([500.0]), model.encode_prompts(["a red fox"])
+    full = wan_min.cast(modules[wan_min.DiT], torch.bfloat16)
+    assert torch.equal(dit(x, t, context), full(x, t, context))
+    video = randn(1, 3, 5, 32, 48).clamp(-1, 1)
+    assert torch.equal(codec.encode(video), modules[wan_min.VAE].encode(video))
+
+
+def test_small_models_have_defaults_of_their_own():
+    tiny, small = (wan_min.open_model(name) for name in ("tiny", "small"))
+    assert (tiny.canvases, tiny.defaults, tiny.blocks) == (
+        ((64, 112), (112, 64)),
+        dict(frames=33, block=3, window=3),
+        4,
+    )
+    assert (small.canvases, small.defaults, small.blocks) == (
+        ((320, 480), (480, 320)), dict(frames=17, block=8), 16)  # fmt: skip
+    with pytest.raises(wan_min.ModelError, match="1.3B, 14B, tiny, small, not some/repo"):
+        wan_min.open_model("some/repo", random_weights=True)
 
 
 def test_unusable_checkpoints_are_refused(tmp_path, capsys):
@@ -894,8 +933,6 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "extra.weight is unknown": dit(lambda weights: weights.update({"extra.weight": torch.ones(2)})),
         "head.head.weight is (64, 95), not (64, 96)":
             dit(lambda weights: weights.update({"head.head.weight": torch.ones(64, 95)})),
-        "no text-to-video model": dit(lambda w: w.update({"patch_embedding.weight": torch.ones(96, 36, 1, 2, 2)})),
-        "image embeddings": dit(lambda weights: weights.update({"img_emb.proj.0.weight": torch.ones(2)})),
         "'i2v' model": config(model_type="i2v"),
         "no valid JSON": cut("config.json"),
         "diffusion_pytorch_model.safetensors is damaged": cut(wan_min.DIT_FILE),
@@ -903,7 +940,7 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "umt5-xxl-enc-bf16.pth is damaged": cut(wan_min.TEXT_FILE, 0.0),
         "Wan2.1_VAE.pth is damaged or": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
         "lacks gone-1.safetensors, gone-2.safetensors": index,
-        "no index of weight files": partial(index, text="[]"),
+        "not an index of weight files": partial(index, text="[]"),
         "lacks google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
         "tokenizer.json is damaged": cut(wan_min.TOKENIZER_FILE),
     }  # fmt: skip
@@ -930,7 +967,10 @@ def test_weights_from_the_hub(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / "model" / name))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert wan_min.find_model("14B") == tmp_path / "model" == wan_min.find_model("some/repo")
+    models = [wan_min.open_model(name) for name in ("14B", "some/repo")]
+    assert models[0].blocks == 4 and not fetched  # config.json alone tells
+    for model in models:
+        model.load_codec(), model.load_dit(), model.encode_prompts(["a"])
     assert [repo for repo, _ in fetched] == ["Wan-AI/Wan2.1-T2V-14B", "some/repo"]
     official = ["config.json", "diffusion_pytorch_model-00001-of-00006.safetensors", "Wan2.1_VAE.pth",
                 "diffusion_pytorch_model.safetensors.index.json", "models_t5_umt5-xxl-enc-bf16.pth",
@@ -940,7 +980,7 @@ def test_weights_from_the_hub(tmp_path, monkeypatch, capsys):
 
     (tmp_path / "model" / "config.json").write_text('{"model_type": "i2v"}')
     with pytest.raises(wan_min.ModelError, match="i2v"):
-        wan_min.find_model("some/repo")
+        wan_min.open_model("some/repo")
     assert len(fetched) == 2  # refused before the download
 
 
@@ -974,7 +1014,7 @@ def test_random_weights(tmp_path, capsys):
         "32x48",
     ]
     code, out, _ = run_main(capsys, *args)
-    assert code == 0 and "encoding the prompts" not in out and (tmp_path / "o.mp4").exists()
+    assert code == 0 and (tmp_path / "o.mp4").exists()
     code, _, err = run_main(capsys, *args, "--model", "some/repo")
     assert code == 2 and "1.3B, 14B, tiny" in err
     large = wan_min.random_model(wan_min.DiT, TINY, dtype=torch.bfloat16)
@@ -1021,12 +1061,12 @@ def test_tokens_equal_those_of_transformers(tmp_path):
 
 def test_prompts_of_all_kinds_are_encoded(tmp_path):
     write_checkpoint(tmp_path / "model")
-    for model in ("tiny", tmp_path / "model"):
-        contexts = wan_min.encode_prompts(PROMPTS, model)
-        assert contexts.shape == (len(PROMPTS), 512, 64) and contexts.isfinite().all()
-        lengths = (contexts.abs().sum(-1) > 0).sum(1)
-        assert lengths[0] == 1 and lengths[-1] == 512 and lengths[1] == 4
-        close(contexts[1], contexts[2], 1e-5)
+    contexts = wan_min.encode_prompts(PROMPTS, tmp_path / "model")
+    assert contexts.shape == (len(PROMPTS), 512, 64) and contexts.isfinite().all()
+    lengths = (contexts.abs().sum(-1) > 0).sum(1)  # zero past the words and the end token
+    assert lengths[0] == 1 and lengths[-1] == 512 and lengths[1] == 4
+    close(contexts[1], contexts[2], 1e-5)
+    assert (contexts[1, 0] - contexts[4, 0]).abs().max() > 1e-3
 
 
 def test_bf16_is_as_close_to_fp32_as_that_of_diffusers(diffusers):
@@ -1406,7 +1446,7 @@ def test_memory_flags(tmp_path, capsys, monkeypatch):
 def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch):
     seen = {}
 
-    def encode(prompts, model, device, offloaded):
+    def encode(prompts, text_dim, device):
         seen["prompts"] = prompts
         return torch.zeros(3, 1, 64)
 
@@ -1414,7 +1454,7 @@ def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch)
         seen.update(kwargs, dtype=dit.blocks[0].self_attn.q.weight.dtype)
         return torch.zeros_like(noise)
 
-    monkeypatch.setattr(wan_min, "encode_prompts", encode)
+    monkeypatch.setattr(wan_min, "random_contexts", encode)
     monkeypatch.setattr(fastvmt, "sample", sample)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen["compiled"].append(type(self)))
     monkeypatch.setattr(fastvmt, "free_memory", lambda device: seen["free"])

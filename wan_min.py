@@ -14,10 +14,12 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -212,7 +214,7 @@ def activation_bytes(dit, x, block):
     return (block - 1) * tokens * ((26 + 6 * size) * attention.shape[0] + size * ffn.shape[0])
 
 
-def offload(module, device):
+def offload_blocks(module, device):
     """Leave the weights of module.blocks in host memory and stream each block's to the device as it runs.
 
     The copy of the next block, or in a backward pass of the one before, overlaps the running one; at most two blocks'
@@ -552,18 +554,69 @@ DIT_FILE, VAE_FILE, TEXT_FILE = (
 TOKENIZER_FILE, TEXT_LENGTH = "google/umt5-xxl/tokenizer.json", 512
 FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters that Wan keeps in fp32, by name
 
-ARCHITECTURES = {  # for random weights: constructor arguments of DiT, VAE and TextEncoder
-    "1.3B": ({}, {}, {}),
-    "14B": (dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), {}, {}),
-    "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8),
-             dict(vocab=4096, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)),
-    "small": (dict(dim=256, ffn_dim=1024, num_heads=2, num_layers=16, text_dim=64), dict(dim=8),
-              dict(vocab=4096, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)),
-}  # fmt: skip
+ARCHITECTURES = {  # constructor arguments of DiT and VAE; tiny and small exist with random weights only
+    "1.3B": ({}, {}),
+    "14B": (dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), {}),
+    "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8)),
+    "small": (dict(dim=256, ffn_dim=1024, num_heads=2, num_layers=16, text_dim=64), dict(dim=8)),
+}
+CANVASES = {"tiny": ((64, 112), (112, 64)), "small": ((320, 480), (480, 320))}  # every other model: Wan's
+DEFAULTS = {"tiny": dict(frames=33, block=3, window=3), "small": dict(frames=17, block=8)}
 
 
 class ModelError(Exception):
     """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+class Model(NamedTuple):
+    """What a run needs to know of a base model; another base model is another such tuple."""
+
+    blocks: int  # DiT blocks
+    encode_prompts: Callable  # list of n prompts -> contexts (n, L, text_dim); loads and frees the text encoder
+    load_codec: Callable  # () -> object with encode(video, progress=iter) and decode(latents, progress=iter)
+    load_dit: Callable  # (progress=iter) -> DiT: velocity by call, `qk`, `patch_size`, `blocks`
+    canvases: tuple  # sizes (H, W) in pixels that it was trained at, the default first
+    max_frames: int  # the longest clip it was trained at
+    fps: float  # frames per second it was trained at
+    defaults: dict  # command line defaults of its own, by name of the flag
+    demo: Callable | None = None  # (num_frames, size) -> video (1, 3, T, H, W); None: fastvmt.demo_video
+    describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
+
+
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
+    """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
+
+    Cheap: the headers of a folder's files are read and checked; of a hub repo only config.json is fetched, the rest
+    when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
+    host memory. Raises ModelError.
+    """
+    if random_weights or name in ("tiny", "small"):
+        if name not in ARCHITECTURES:
+            raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
+        arguments, vae_arguments = ARCHITECTURES[name]
+
+        def encode(prompts):
+            return random_contexts(prompts, arguments.get("text_dim", 4096), device)
+
+        def load_part(cls, device, progress=iter):
+            return random_model(cls, arguments if cls is DiT else vae_arguments, device, dtype)
+    else:
+        arguments, fetch = find_checkpoint(name)
+
+        def encode(prompts):
+            return encode_prompts(prompts, fetch(), device, offload)
+
+        def load_part(cls, device, progress=iter):
+            return load(cls, fetch(), device, dtype, progress)
+
+    def load_dit(progress=iter):
+        dit = load_part(DiT, "cpu" if offload else device, progress)
+        return offload_blocks(dit, device) if offload else dit
+
+    canvases, defaults = CANVASES.get(name, ((480, 832), (832, 480))), DEFAULTS.get(name, {})
+    return Model(blocks=arguments.get("num_layers", 30), encode_prompts=encode, load_dit=load_dit,
+                 load_codec=partial(load_part, VAE, device), canvases=canvases, max_frames=81, fps=16.0,
+                 defaults=defaults)  # fmt: skip
 
 
 def cast(dit, dtype):
@@ -590,29 +643,44 @@ def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
     return module.eval()
 
 
-def find_model(model):
-    """Folder of the checkpoint that `model` names: a folder, a hub repo id, 1.3B or 14B (fetched where not cached).
+def random_contexts(prompts, text_dim, device="cpu"):
+    """Stand-ins for encoded prompts, each drawn from its prompt's text, at unit scale: (n, 512, text_dim) fp32."""
+    seeds = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
+    draws = [torch.randn(TEXT_LENGTH, text_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(device)
 
-    Raises ModelError when it is none of these, cannot be fetched, or is not a text-to-video Wan.
+
+def find_checkpoint(name):
+    """Arguments of the DiT of the checkpoint `name`, and a function that gives its folder.
+
+    A local folder is checked here. Of a hub repo config.json is fetched here, all else when the folder is asked for.
     """
-    if os.path.isdir(model):  # unlike Path.is_dir, it never raises
-        return Path(model)
-    repo = REPOS.get(model, model)
+    if os.path.isdir(name):  # unlike Path.is_dir, it never raises
+        return check_checkpoint(name)[DiT][0], lambda: Path(name)
+    repo = REPOS.get(name, name)
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         names = ", ".join(ARCHITECTURES)
-        raise ModelError(f"unknown model {model!r}: give a checkpoint folder, a hub repo id, or one of {names}")
+        raise ModelError(f"unknown model {name!r}: give a checkpoint folder, a hub repo id, or one of toy, {names}")
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    try:
-        read_config(Path(hf_hub_download(repo, "config.json")).parent)  # refuses a wrong model before 17 GB of it
+    def hub(download, *args, **kwargs):
+        try:
+            return Path(download(repo, *args, **kwargs))
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"cannot get {repo} from the hub ({reason}); go online, or fetch it elsewhere with `hf download {repo} "
+                "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
+            ) from None
+
+    @cache
+    def fetch():
         files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
-        return Path(snapshot_download(repo, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"cannot get {repo} from the hub ({reason}); go online, or fetch it elsewhere with `hf download {repo} "
-            "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
-        ) from None
+        folder = hub(snapshot_download, allow_patterns=files)
+        check_checkpoint(folder)
+        return folder
+
+    return part_arguments(read_config(hub(hf_hub_download, "config.json").parent))[DiT], fetch
 
 
 def read_config(folder):
@@ -626,6 +694,12 @@ def read_config(folder):
     if kind != "t2v":
         raise ModelError(f"{folder} holds a {kind!r} model; only text-to-video (t2v) ones can be used")
     return config
+
+
+def part_arguments(config):
+    """Constructor arguments of each part; a checkpoint of another size than Wan's has `vae` and `text_encoder` too."""
+    dit = {name: value for name, value in config.items() if name in inspect.signature(DiT).parameters}
+    return {DiT: dit, VAE: config.get("vae", {}), TextEncoder: config.get("text_encoder", {})}
 
 
 def read_tensors(path):
@@ -652,13 +726,13 @@ def read_tensors(path):
 
 
 def checkpoint_files(folder):
-    """Files of each part of a checkpoint: {DiT: [...], VAE: [...], TextEncoder: [...]}; ModelError names what lacks."""
+    """Files of each part, {DiT: [...], VAE: [...], TextEncoder: [...]}; ModelError names what is missing."""
     index, dit = folder / (DIT_FILE + ".index.json"), [folder / DIT_FILE]
     if index.exists() and not dit[0].exists():
         try:
             dit = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(f"{index} is no index of weight files; delete it and fetch it again") from None
+            raise ModelError(f"{index} is not an index of weight files; delete it and fetch it again") from None
     files = {DiT: dit, VAE: [folder / VAE_FILE], TextEncoder: [folder / TEXT_FILE]}
     needed = [*sum(files.values(), []), folder / TOKENIZER_FILE]
     missing = [str(path.relative_to(folder)) for path in needed if not path.exists()]
@@ -667,45 +741,25 @@ def checkpoint_files(folder):
     return files
 
 
-ARGUMENT_SHAPES = {  # constructor argument -> (parameter, axis) that tells it
-    DiT: {"dim": ("patch_embedding.weight", 0), "in_dim": ("patch_embedding.weight", 1),
-          "text_dim": ("text_embedding.0.weight", 1), "freq_dim": ("time_embedding.0.weight", 1),
-          "ffn_dim": ("blocks.0.ffn.0.weight", 0)},
-    VAE: {"dim": ("encoder.conv1.weight", 0), "z_dim": ("conv2.weight", 0)},
-    TextEncoder: {"vocab": ("token_embedding.weight", 0), "dim": ("token_embedding.weight", 1),
-                  "dim_attn": ("blocks.0.attn.q.weight", 0), "dim_ffn": ("blocks.0.ffn.fc1.weight", 0),
-                  "num_buckets": ("blocks.0.pos_embedding.embedding.weight", 0),
-                  "num_heads": ("blocks.0.pos_embedding.embedding.weight", 1)},
-}  # fmt: skip
-
-
 def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
-    """Everything about a checkpoint folder that can be wrong, found from headers alone, before any weight is read.
+    """Compare names and shapes in a checkpoint folder with those of its architecture, by headers alone.
 
-    Returns {class: (constructor arguments, {name: reader})}. The architecture is read from the shapes of the weights
-    and, for the DiT, from config.json. Raises ModelError.
+    Returns {class: (constructor arguments, {name: reader})}. Raises ModelError.
     """
     folder = Path(folder)
     config, files, parts = read_config(folder), checkpoint_files(folder), {}
     for cls in classes:
         tensors = {name: entry for file in files[cls] for name, entry in read_tensors(file).items()}
-        shapes = {name: shape for name, (shape, _) in tensors.items()}
-        arguments = {k: shapes[n][axis] for k, (n, axis) in ARGUMENT_SHAPES[cls].items() if n in shapes}
-        if cls is not VAE:
-            arguments["num_layers"] = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-        if cls is DiT:
-            arguments["num_heads"] = max(1, arguments.get("dim", 1536) // 128)  # all official heads are 128 wide
-            arguments |= {k: v for k, v in config.items() if k in inspect.signature(DiT).parameters}
-            arguments.setdefault("in_dim", 16)
-            in_dims = {16, arguments["in_dim"], shapes.get("patch_embedding.weight", (0, 16))[1]}
-            if len(in_dims) > 1 or any("img" in name for name in shapes):
-                raise ModelError(f"{folder} is no text-to-video model (in_dim {max(in_dims)}, or image embeddings)")
+        found = {name: shape for name, (shape, _) in tensors.items()}
+        arguments = part_arguments(config)[cls]
+        if cls is DiT and not config:
+            arguments = ARCHITECTURES["14B" if found.get("patch_embedding.bias") == (5120,) else "1.3B"][0]
         with torch.device("meta"):
             wanted = {name: tuple(p.shape) for name, p in cls(**arguments).state_dict().items()}
-        wrong = [f"{name} is missing" for name in wanted if name not in shapes]
-        wrong += [f"{name} is unknown" for name in shapes if name not in wanted]
-        wrong += [f"{name} is {shapes[name]}, not {wanted[name]}" for name in wanted
-                  if shapes.get(name, wanted[name]) != wanted[name]]  # fmt: skip
+        wrong = [f"{name} is missing" for name in wanted if name not in found]
+        wrong += [f"{name} is unknown" for name in found if name not in wanted]
+        both = [name for name in wanted if name in found]
+        wrong += [f"{name} is {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ModelError(f"{', '.join(f.name for f in files[cls])}: {'; '.join(wrong[:3])}{more}")
@@ -713,21 +767,12 @@ def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
     return parts
 
 
-def dit_layers(model):
-    """Number of DiT blocks of a checkpoint folder or of a key of ARCHITECTURES."""
-    arguments = ARCHITECTURES[model][0] if model in ARCHITECTURES else check_checkpoint(model)[DiT][0]
-    return arguments.get("num_layers", 30)
-
-
-def load(cls, model, device="cpu", dtype=torch.float32, seed=0, progress=iter):
+def load(cls, folder, device="cpu", dtype=torch.float32, progress=iter):
     """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder (the checkpoint's dtype) on the device.
 
-    model: a checkpoint folder, or a key of ARCHITECTURES for random weights. progress wraps the list of weights.
+    progress wraps the list of weights. Raises ModelError.
     """
-    if model in ARCHITECTURES:
-        arguments = ARCHITECTURES[model][(DiT, VAE, TextEncoder).index(cls)]
-        return random_model(cls, arguments, device, dtype, seed)
-    arguments, readers = check_checkpoint(model, [cls])[cls]
+    arguments, readers = check_checkpoint(folder, [cls])[cls]
     with torch.device("meta"):
         module = cls(**arguments)
     tensors = {}
@@ -742,39 +787,26 @@ def load(cls, model, device="cpu", dtype=torch.float32, seed=0, progress=iter):
 
 
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt, list of at most 512: HTML-unescaped, white space collapsed, cut, then the end token.
-
-    tokenizer None is for random models, which have no vocabulary: words are hashed into 4096 ids, the fewest of any.
-    """
+    """UMT5 ids of a prompt, list of at most 512: HTML-unescaped, white space collapsed, cut, then the end token."""
     text = " ".join(html.unescape(html.unescape(prompt)).split())
-    if tokenizer is None:
-        return [2 + zlib.crc32(word.encode()) % 4094 for word in text.split()[: TEXT_LENGTH - 1]] + [1]
     return tokenizer.encode(text, add_special_tokens=False).ids[: TEXT_LENGTH - 1] + [tokenizer.token_to_id("</s>")]
 
 
 @torch.no_grad()
-def encode_prompts(prompts, model, device="cpu", offloaded=False):
+def encode_prompts(prompts, folder, device="cpu", offload=False):
     """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
-    tokenizer = None
-    if model not in ARCHITECTURES:
-        from tokenizers import Tokenizer
+    from tokenizers import Tokenizer
 
-        path = Path(model) / TOKENIZER_FILE
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ModelError(f"{path} is damaged ({error}); delete it and fetch it again") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-    encoder = load(TextEncoder, model, "cpu" if offloaded else device)
-    encoder = offload(encoder, device) if offloaded else encoder
+    path = Path(folder) / TOKENIZER_FILE
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ModelError(f"{path} is damaged ({error}); delete it and fetch it again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    encoder = load(TextEncoder, folder, "cpu" if offload else device)
+    encoder = offload_blocks(encoder, device) if offload else encoder
     rows = [torch.tensor(tokenize(prompt, tokenizer), device=device) for prompt in prompts]
     ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, [torch.ones_like(row) for row in rows]))
     context = encoder(ids, mask).float() * mask[..., None]
     return F.pad(context, (0, 0, 0, TEXT_LENGTH - ids.shape[1]))
-
-
-def random_contexts(count, model, device="cpu", seed=0):
-    """Stand-ins for `count` encoded prompts of a random model, at unit scale: (count, 512, text_dim) fp32."""
-    dim = ARCHITECTURES[model][0].get("text_dim", 4096)
-    return torch.randn(count, TEXT_LENGTH, dim, generator=torch.Generator().manual_seed(seed)).to(device)
