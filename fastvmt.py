@@ -171,29 +171,31 @@ def window_attention(queries, K, pairs, windows, tau):
     return (logits * (tau / D**0.5)).softmax(-2)
 
 
-def expected_positions(queries, K, pairs, windows, tau):
-    """Attention-weighted mean position of each token's match: (P, N, T, 2); arguments as of window_attention.
+def expected_displacement(queries, K, pairs, windows, tokens, tau):
+    """Attention-weighted mean position of each token's match, less its own position tokens (N, T, 2): (P, N, T, 2).
 
     Positions are absolute: window-relative ones would lose the motion of the window itself.
     """
     attention = window_attention(queries, K, pairs, windows, tau)
     positions = row_column(windows, K.shape[2]).to(attention.dtype)  # (P, N, M, 2)
-    return einsum(attention, positions, "p n m t, p n m c -> p n t c")
+    return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens
 
 
-def relative_entropy(queries, K, pairs, windows, tau):
+def relative_entropy(queries, K, pairs, windows, tokens, tau):
     """Entropy of each token's attention over its window, 1 where it is uniform: (P, N, T, 1)."""
     attention = window_attention(queries, K, pairs, windows, tau)
     return torch.special.entr(attention).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
 
 
-def search_windows(read, Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
-    """Place one l×l window per tile and pair (eqs. 1-4), and `read` what each token's attention finds in it.
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25,
+                          read=expected_displacement):  # fmt: skip
+    """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. read: expected_positions, or alike with (P, N, T, C). Returns what was
-    read (P, H, W, C), and the windows' mean keys K̄ (P, N, D), fp32 or better; pairs in frame_pairs' order, tiles
-    row-major. Gradients flow to Q and K, not through the choice of window. Costs P·S·M·D. Pairs are taken in chunks
-    and redone in the backward pass, so that about max_elements gathered keys and logits exist at once.
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
+    better; pairs in frame_pairs' order, tiles row-major. window=None, or one that covers the grid, is the full-frame
+    AMF of DiTFlow. read: what is read off the windows in the flow's place. Gradients flow to Q and K, not through the
+    choice of window. Costs P·S·M·D. Pairs are taken in chunks and redone in the backward pass, so that about
+    max_elements gathered keys and logits exist at once.
     """
     num_frames, H, W, D = Q.shape
     if num_frames < 2 or span < 1 or window is not None and window < 1:
@@ -205,7 +207,9 @@ def search_windows(read, Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cente
         tile = grid  # one window for all tiles, so compute it as one tile
     i, j = frame_pairs(num_frames, span, Q.device)
     queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)
-    _, N, T, _ = queries.shape
+    positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)
+    (tokens,) = tile_tokens(positions, tile)
+    N, T, _ = tokens.shape
     elements_per_pair = N * math.prod(size) * (D + T) + H * W * (D + N)
     chunk = max(1, max_elements // elements_per_pair)
 
@@ -215,30 +219,13 @@ def search_windows(read, Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cente
             centers = window_centers(representatives[pairs[0]], K[pairs[1]], tau=tau, center=center)
             origins.append(window_origins(centers, grid, size))
             windows = window_indices(origins[-1], grid, size)
-        found.append(recompute(read, queries, K, pairs, windows, tau, use_reentrant=False, preserve_rng_state=False))
-    key_mean = window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)  # the one window is every tile's
+        found.append(recompute(read, queries, K, pairs, windows, tokens, tau,
+                               use_reentrant=False, preserve_rng_state=False))  # fmt: skip
+    key_mean = window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)  # where one serves all tiles
     return untile_tokens(torch.cat(found), tile, grid), key_mean
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
-    """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
-
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D): see
-    search_windows. window=None, or one that covers the grid, is the full-frame AMF of DiTFlow.
-    """
-    _, H, W, _ = Q.shape
-    target, key_mean = search_windows(expected_positions, Q, K, span=span, tile=tile, window=window, tau=tau,
-                                      center=center, max_elements=max_elements)  # fmt: skip
-    position = row_column(torch.arange(H * W, device=Q.device), W).view(H, W, 2)
-    return target - position, key_mean
-
-
 # ---- Losses (Sec. 3.3) -----------------------------------------------------------------------------------------------
-
-
-def offset_weights(offsets, span, alpha=0.2):
-    """w_d = 1 − α(d−1)/(s_f−1) for offsets d in 1 … s_f (eq. 6)."""
-    return 1 - alpha * (offsets - 1) / max(span - 1, 1)
 
 
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
@@ -250,7 +237,8 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
     i, j = frame_pairs(num_frames, span, flow_gen.device)
     squared = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
     squared = squared.mean((1, 2)) if weight is None else (squared * weight).sum((1, 2)) / weight.sum()
-    return (offset_weights((j - i).to(squared), span, alpha) * squared).mean()
+    decay = 1 - alpha * (j - i - 1).to(squared) / max(span - 1, 1)  # eq. 6, from 1 at offset 1 to 1 − α at s_f
+    return (decay * squared).mean()
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
@@ -455,17 +443,11 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
 
 
 def demo_video(num_frames, size):
-    """A clip with known motion: a textured square slides right and down over a gradient; (1, 3, T, H, W) in [-1, 1]."""
-    h, w = size
-    side = min(h, w) // 3
-    rows, cols = torch.linspace(-0.6, 0.6, h)[:, None].expand(h, w), torch.linspace(-0.6, 0.6, w).expand(h, w)
-    texture = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    square = F.interpolate(texture[None], (side, side), mode="nearest")[0]
-    video = torch.stack([rows, cols, -rows]).repeat(num_frames, 1, 1, 1)  # (T, 3, H, W)
-    for n, frame in enumerate(video):
-        top, left = (round((0.1 + 0.8 * n / (num_frames - 1)) * (length - side)) for length in size)
-        frame[:, top : top + side, left : left + side] = square
-    return video.transpose(0, 1)[None]
+    """A clip with known motion, a texture that slides right and down by an 80th of its size: (1, 3, T, H, W)."""
+    texture = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.6
+    texture = F.interpolate(texture, size, mode="nearest")[0]
+    frames = [texture.roll((n * size[0] // 80, n * size[1] // 80), (1, 2)) for n in range(num_frames)]
+    return torch.stack(frames, dim=1)[None]
 
 
 def partial_path(path):
@@ -497,19 +479,15 @@ def write_video(path, video, fps, comment=""):
 
 
 @torch.no_grad()
-def measured_flow(dit, latents, noise, null, config):
-    """AMF (P, H, W, 2) of finished latents, read with the empty prompt at MEASURE_SIGMA."""
-    return motion_features(dit, match_noise(latents, noise, MEASURE_SIGMA), MEASURE_SIGMA, null, config)[0]
-
-
-@torch.no_grad()
-def attention_entropy(dit, latents, noise, null, config):
-    """Mean entropy of the window's attention, as a share of uniform attention's: scalar in [0, 1].
+def measure_motion(dit, latents, noise, null, config):
+    """AMF (P, H, W, 2) of finished latents, and the mean entropy of its attention over the windows, 1 being uniform.
 
     Near 1 the attention hardly tells one key from another, and every flow drifts to the middle of its window.
     """
     Q, K = read_attention(dit, match_noise(latents, noise, MEASURE_SIGMA), MEASURE_SIGMA, null, config)
-    return search_windows(relative_entropy, Q, K, **config.flow_settings)[0].mean()
+    flow, entropy = (attention_motion_flow(Q, K, read=read, **config.flow_settings)[0]
+                     for read in (expected_displacement, relative_entropy))  # fmt: skip
+    return flow, entropy.mean()
 
 
 def flow_agreement(flow_ref, flow_gen, moving=0.5):
@@ -585,9 +563,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_size(text):
-    if not re.fullmatch(r"\d+[xX]\d+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HxW, such as 480x832")
-    return tuple(map(int, text.lower().split("x")))
+    size = [round(int(side) / 16) * 16 for side in re.fullmatch(r"(\d+)[xX](\d+)", text).groups()]
+    return tuple(size) if min(size) >= 32 else int("too small")
 
 
 def int_or_none(text):  # argparse shows this name
@@ -666,18 +643,6 @@ def motion_config(args):
     return MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def check_output(path, *others):
-    """UserError unless an mp4 can be written at path without harm to the run's other files."""
-    taken = os.path.realpath(path) in [os.path.realpath(other) for other in others if other]
-    if path.suffix.lower() != ".mp4" or os.path.isdir(path) or taken:
-        raise UserError(f"output {path} must be a file name that ends in .mp4, and not the reference or another output")
-    try:
-        partial_path(path).touch()
-        partial_path(path).unlink()
-    except OSError as error:
-        raise UserError(f"output {path} cannot be written ({error.strerror})") from None
-
-
 def check_arguments(args, model, config):
     """UserError for what can be told to be wrong before anything is read or loaded."""
     if args.ref is None or not (args.prompt or "").strip():
@@ -692,24 +657,17 @@ def check_arguments(args, model, config):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value} is not between {low} and {high}")
-    if args.size and min(args.size) < 32:
-        raise UserError("--size needs sides of at least 32")
-    check_output(args.out, args.ref, args.compare)
-    if args.compare:
-        check_output(args.compare, args.ref, args.out)
-
-
-def read_reference(args, model):
-    """The reference as (1, 3, T, H, W) in [-1, 1], at the size, length and rate asked for, or else the model's own."""
-    size, frames = args.size or model.canvases[0], (args.frames - 1) // 4 * 4 + 1
-    if args.size:
-        size = tuple(round(side / 16) * 16 for side in args.size)
-    if (size, frames) != (args.size or size, args.frames):
-        print(f"rounded to {size[0]}x{size[1]} and {frames} frames (multiples of 16, 4k+1)")
-    if args.ref == "demo":
-        return (model.demo or demo_video)(frames, size)
-    turn = not args.size and size[::-1] in model.canvases
-    return read_video(args.ref, frames, size, fps=args.fps or model.fps, start=args.start, turn=turn)
+    outputs = [path for path in (args.out, args.compare) if path]
+    if len({os.path.realpath(path) for path in (args.ref, *outputs)}) <= len(outputs):
+        raise UserError("--ref, --out and --compare must be different files")
+    for path in outputs:
+        if path.suffix.lower() != ".mp4" or os.path.isdir(path):
+            raise UserError(f"output {path} is not a file name that ends in .mp4")
+        try:
+            partial_path(path).touch()
+            partial_path(path).unlink()
+        except OSError as error:
+            raise UserError(f"output {path} cannot be written ({error.strerror})") from None
 
 
 def provenance(args, config):
@@ -723,97 +681,84 @@ def provenance(args, config):
 
 
 @contextmanager
-def latents_kept(path, out):
-    """Remove the latents at path once the video `out` is written; if that fails, say how to finish it."""
+def latents_kept(path, latents, argv):
+    """Keep the latents on disk until their video is written; if that fails, say how to finish it."""
+    from safetensors.torch import save_file
+
+    save_file({"latents": latents.cpu()}, path)
     try:
         yield
     except BaseException:
-        command = shlex.join(["python", "fastvmt.py", "--decode", str(path), "--out", str(out)])
+        command = shlex.join(["python", "fastvmt.py", *argv, "--decode", str(path)])
         print(f"fastvmt: the latents are safe; to finish the video: {command}", file=sys.stderr)
         raise
     path.unlink()
 
 
-def decode_latents(args):
-    """Finish a run whose latents were kept: `--decode LATENTS --out OUT`."""
-    from safetensors import SafetensorError, safe_open
-
-    check_output(args.out)
-    try:
-        with safe_open(args.decode, "pt") as file:
-            latents, saved = file.get_tensor("latents"), file.metadata()
-        model, fps, record = json.loads(saved["model"]), float(saved["fps"]), saved["record"]
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"latents {args.decode} cannot be read ({error})") from None
-    codec = open_model(argparse.Namespace(**vars(args) | model)).load_codec()
-    with latents_kept(args.decode, args.out):
-        write_video(args.out, codec.decode(latents.to(args.device)), fps, record)
-
-
 def generate(args, config, dit, noise, contexts, reference):
-    """Latents that are guided by the reference or, without one, plainly made from pure noise; shows its progress."""
+    """Latents guided by the reference or, without one, plainly made from pure noise; shows its progress."""
     from tqdm import tqdm
 
     context, negative, null = contexts
-    guided = guided_steps(args.steps, config) if reference is not None else 0
-    sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength if reference is not None else 1.0)
+    strength, guided = (1.0, 0) if reference is None else (args.strength, guided_steps(args.steps, config))
+    sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
     if guided:
         print(f"guiding steps 1 to {guided} of {args.steps}, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}", flush=True)
 
     def callback(step, x, losses):
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"the latent is not finite after step {step + 1} of {args.steps}")
-        bar.update(step + 1 - bar.n)
         if losses is not None:
             bar.set_postfix_str("loss {:.4g} (AMF {:.4g}, window {:.4g})".format(*losses[-1].tolist()))
+        bar.update(step + 1 - bar.n)
 
-    def run(checkpoint):
+    def attempt(checkpoint):
         return sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, reference=reference, null=null,
                       config=config, checkpoint=checkpoint, callback=callback)  # fmt: skip
 
     with tqdm(total=args.steps, desc="sampling", mininterval=1) as bar:
         try:
-            return run(args.offload or args.checkpoint == "on")
+            return attempt(args.offload or args.checkpoint == "on")
         except RuntimeError as error:
             if args.checkpoint != "auto" or not wan_min.out_of_memory(error):
                 raise
-        print("out of memory: again with --checkpoint on", flush=True)  # here, where the failed run's tensors are free
-        return run(True)
+        print("out of memory: again with --checkpoint on", flush=True)  # here the failed attempt's tensors are free
+        return attempt(True)
 
 
 @torch.no_grad()
-def run(args, model):
+def run(args, model, argv):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     config = motion_config(args)
     check_arguments(args, model, config)
-    video, fps, record = read_reference(args, model), args.fps or model.fps, provenance(args, config)
-    progress = partial(tqdm, leave=False, disable=None)  # no bar in a log file
+    record, fps, progress = provenance(args, config), args.fps or model.fps, partial(tqdm, leave=False, disable=None)
+    size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
+    if args.ref == "demo":
+        video = (model.demo or demo_video)((args.frames - 1) // 4 * 4 + 1, size)
+    else:
+        video = read_video(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
 
     print("encoding the prompts", flush=True)
     contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
     print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps), flush=True)
     codec = model.load_codec()
     reference = codec.encode(video.to(args.device), progress=progress)
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
     print("loading the DiT", flush=True)
     dit = model.load_dit(progress)
     for block in dit.blocks if args.compile else ():
         block.compile()
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
 
-    results = {"plain": None} if args.plain else {}
-    results["result"] = None if args.no_transfer else reference
-    results = {name: generate(args, config, dit, noise, contexts, guide) for name, guide in results.items()}
-    kept = args.out.with_suffix(".latents.safetensors")
-    opened = json.dumps({name: vars(args)[name] for name in ("model", "random_weights")})
-    save_file({"latents": results["result"].cpu()}, kept, {"record": record, "fps": str(fps), "model": opened})
-    with latents_kept(kept, args.out):
-        flows = [measured_flow(dit, x, noise, contexts[2], config) for x in (reference, *results.values())]
-        entropy = attention_entropy(dit, reference, noise, contexts[2], config)
+    latents = {"reference": reference}
+    if args.plain:
+        latents["plain"] = generate(args, config, dit, noise, contexts, None)
+    latents["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
+    with latents_kept(args.out.with_suffix(".latents.safetensors"), latents["result"], argv):
+        flows, entropies = zip(*(measure_motion(dit, x, noise, contexts[2], config) for x in latents.values()))
         del dit  # the decoder needs the memory
-        clips = {name: codec.decode(x, progress=progress) for name, x in results.items()}
+        clips = {name: codec.decode(x, progress=progress) for name, x in latents.items() if name != "reference"}
         write_video(args.out, clips["result"], fps, record)
     clips = {"reference": video, **clips}
     if args.compare:
@@ -821,17 +766,17 @@ def run(args, model):
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     cosine, error = flow_agreement(flows[0], flows[-1])
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    print(f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")
+    print(f"entropy of the reference's attention over its windows: {100 * entropies[0]:.0f} % of uniform")
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 
 
 def explain(error):
     """Exit code and message of an error that the user can do something about; raises any other."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
     if isinstance(error, (UserError, wan_min.ModelError)):
         return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
     if isinstance(error, FloatingPointError):
         return 1, str(error)
     if isinstance(error, MemoryError) or wan_min.out_of_memory(error):
@@ -841,9 +786,9 @@ def explain(error):
 
 def main(argv=None):
     """The command line; returns the exit code."""
+    argv = list(map(str, sys.argv[1:] if argv is None else argv))
     try:
-        args = build_parser().parse_args(argv)
-        decode_latents(args) if args.decode else run(*parse_arguments(argv))
+        run(*parse_arguments(argv), argv)
         return 0
     except BaseException as error:
         code, text = explain(error)
