@@ -457,7 +457,7 @@ def write_video(path, video, fps, comment=""):
     try:
         comment = re.sub(rb"([=;#\\\n])", rb"\\\1", comment.encode(errors="backslashreplace"))
         notes.write_bytes(b";FFMETADATA1\ncomment=" + comment)  # an argument of the command may not be as long
-        encode = "-map_metadata 1 -c:v libx264 -crf 17 -pix_fmt yuv420p -movflags +faststart".split()
+        encode = "-xerror -map_metadata 1 -c:v libx264 -crf 17 -pix_fmt yuv420p -movflags +faststart".split()
         run_ffmpeg(f"write {path}", *source, "-f", "ffmetadata", "-i", notes, *color.split(), *encode, part,
                    data=pixels.tobytes())  # fmt: skip
         part.replace(os.path.realpath(path))
