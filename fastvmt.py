@@ -402,44 +402,77 @@ class UserError(ValueError):
     """Something that the user can mend; the message is one line."""
 
 
-def fit_frame(frame, size):
-    """Cover and centre-crop: uint8 array (h, w, 3) -> fp32 (3, H, W) in [-1, 1]."""
-    x = torch.from_numpy(frame).permute(2, 0, 1)[None].float()
-    scale = max(new / old for new, old in zip(size, x.shape[2:]))
-    cover = [max(new, round(old * scale)) for new, old in zip(size, x.shape[2:])]
-    x = F.interpolate(x, cover, mode="bicubic", antialias=True).clamp(0, 255)
-    top, left = ((have - want) // 2 for have, want in zip(cover, size))
-    return x[0, :, top : top + size[0], left : left + size[1]] / 127.5 - 1
+def run_ffmpeg(task, *arguments, data=b""):
+    """Run ffmpeg with `data` as its standard input; its standard output and its log. UserError if it cannot `task`."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    try:
+        command = [get_ffmpeg_exe(), "-y", "-v", "level+info", *map(str, arguments)]
+        done = subprocess.run(command, input=data, capture_output=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"ffmpeg cannot be run ({error})") from None
+    log = done.stderr.decode(errors="replace")
+    if done.returncode:
+        reason = re.search(r"\[(?:error|fatal)\] (.+)", log)  # the first is the cause of the others
+        raise UserError(f"cannot {task} ({reason[1] if reason else f'ffmpeg ended with {done.returncode}'})")
+    return done.stdout, log
+
+
+def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b""):
+    """At most num_frames frames of ffmpeg's input `source`, from `skip` seconds on: uint8 (T, H, W, 3)."""
+    source = [*source, "-map", "0:V:0"]  # the first video stream that is no cover picture
+    _, log = run_ffmpeg(task, *source, *"-vf showinfo -frames:v 1 -f null -".split(), data=data)
+    shown = r"(?s) fmt:(\w+) .*?sar:(\d+)/(\d+) s:(\d+)x(\d+) .*?color_space:(\S+) .*?color_trc:(\S+)"
+    if not (frame := re.search(shown, log)):
+        raise UserError(f"cannot {task} (no frame can be decoded)")
+    pixels, *numbers, space, transfer = frame.groups()
+    sar, per, width, height = map(int, numbers)
+    rows, cols = size[::-1] if turn and height > width * (sar / per or 1) else size  # 0: the file does not tell
+
+    if vpx := re.search(r"(?s)Video: vp([89]).*alpha_mode +: 1", log):  # its alpha needs another decoder
+        source = ["-c:v", "libvpx" if vpx[1] == "8" else "libvpx-vp9", *source]
+    alpha = vpx or re.match("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8", pixels)
+    gif = "setpts=if(N\\,PREV_OUTPTS+if(eq(PTS-PREV_INPTS\\,1)\\,10\\,PTS-PREV_INPTS)\\,PTS)"
+    steps = {
+        "setparams=colorspace=bt709": space == "unknown" and width * height > 1024 * 576,
+        gif: "Input #0, gif" in log,  # a delay of one tick means ten, as in browsers
+        "format=gbrap": alpha,
+        "bwdif=send_frame:auto:interlaced": True,
+        f"setpts=PTS-max(STARTPTS-{skip}/TB\\,0)": True,  # a stream that begins after `skip` is used from its own begin
+        f"fps={fps}:start_time={skip}": True,
+        "zscale=npl=203:p=bt709:t=bt709:m=bt709": transfer in ("smpte2084", "arib-std-b67"),  # PQ, HLG; white: BT.2408
+        "split[a][b];[a]drawbox=c=gray:t=fill:replace=1[a];[a][b]overlay=format=gbrp": alpha,
+        f"scale=w=max({cols}\\,round({rows}*dar)):h=max({rows}\\,round({cols}/dar)):flags={SCALER}": True,
+        f"format=rgb24,crop={cols}:{rows}": True,
+    }
+    filters = ",".join(step for step, wanted in steps.items() if wanted)
+    output = ["-vf", filters, "-frames:v", num_frames, "-f", "rawvideo", "-"]
+    return np.frombuffer(run_ffmpeg(task, *source, *output, data=data)[0], np.uint8).reshape(-1, rows, cols, 3)
 
 
 def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
-    """The first 4k+1 ≤ num_frames frames of a video file: fp32 (1, 3, T, H, W) in [-1, 1], and frames per second.
+    """The first 4k+1 ≤ num_frames frames from `start` seconds, `fps` a second: fp32 (1, 3, T, H, W) in [-1, 1].
 
-    turn: swap the sides of `size` for a portrait video. Raises UserError when the file cannot be read or is too short.
+    path: a video, or a folder of pictures, one a frame in the order of the numbers in their names. The frames cover
+    `size`; turn: with its sides swapped for a portrait video. UserError if unreadable or under 5 frames.
     """
-    from imageio_ffmpeg import read_frames
-
-    if not os.path.isfile(path):  # unlike Path.is_file, it never raises
-        raise UserError(f"reference {path} does not exist or is no file")
-    logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of every rotated video
-    file = os.path.abspath(path)  # which ffmpeg cannot take for a URL or an option
-    try:
-        probe = read_frames(file)
-        fps = next(probe)["fps"] or 25.0  # 0 where the file names none
-        probe.close()
-        # A constant rate, also where the file's varies, and square pixels.
-        filters = f"setpts=PTS-STARTPTS,fps={fps},scale=iw*sar:ih:flags={SCALER},setsar=1"
-        reader = read_frames(file, output_params=["-frames:v", str(num_frames), "-vf", filters])
-        width, height = next(reader)["size"]
-        size = size[::-1] if turn and height > width else size
-        frames = [fit_frame(np.frombuffer(bytearray(frame), np.uint8).reshape(height, width, 3), size)
-                  for frame in reader]  # fmt: skip
-    except Exception as error:  # ffmpeg's complaints come as many types, and as whole logs
-        *_, reason = type(error).__name__, *str(error).splitlines(), *re.findall(r"^\[.+?\] (.+)", str(error), re.M)
-        raise UserError(f"reference {path} cannot be read as a video ({reason})") from None
+    task = f"read the reference {path}"
+    if os.path.isdir(path):
+        names = [n for n in os.listdir(path) if re.fullmatch(r"[^.].*\.(png|jpe?g|webp|bmp)", n, re.I | re.S)]
+        names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
+        first, frames = round(start * fps), []
+        for name in names[first : first + num_frames]:
+            data = Path(path, name).read_bytes()  # not by name, which ffmpeg can take for a pattern
+            frames += [*decode_frames(f"{task}/{name}", ["-i", "-"], 1, size, 25, turn, data=data)]
+            size, turn = frames[0].shape[:2], False
+    else:
+        skip = min(start, 10.0)  # decoded for nothing, as ffmpeg may seek to after the key frame that is needed
+        source = ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]  # absolute: no URL, no option
+        frames = decode_frames(task, source, num_frames, size, fps, turn, skip)
     if len(frames) < 5:
-        raise UserError(f"reference {path} has {len(frames)} frames; at least 5 are needed")
-    return torch.stack(frames[: (len(frames) - 1) // 4 * 4 + 1], dim=1)[None]
+        raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s, not 5 or more")
+    frames = np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
+    return rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w") / 127.5 - 1
 
 
 def demo_video(num_frames, size):
@@ -451,28 +484,37 @@ def demo_video(num_frames, size):
 
 
 def partial_path(path):
-    return path.absolute().with_name(f".{path.stem}.partly-written.mp4")
+    """Beside the file that path, maybe a symbolic link, leads to."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.stem}.partly-written.mp4")
 
 
 def write_video(path, video, fps, comment=""):
-    """Write (1, 3, T, H, W) in [-1, 1] as H.264 yuv420p mp4, under a temporary name until it is whole."""
-    from imageio_ffmpeg import get_ffmpeg_exe
+    """Write (1, 3, T, H, W) in [-1, 1] as H.264 yuv420p mp4, under a temporary name until it is whole.
 
-    path, part = Path(path), partial_path(Path(path))
-    pixels = ((video[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0)  # (T, H, W, 3)
-    _, height, width, _ = pixels.shape
-    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
-    color = f"-vf scale=out_color_matrix=bt709:out_range=tv:flags={SCALER} -colorspace bt709 -color_range tv".split()
+    Raises FloatingPointError if the video is not finite, UserError if it cannot be written.
+    """
+    if not torch.stack(video.aminmax()).isfinite().all():
+        raise FloatingPointError(f"{path} is not written, as the video is not finite")
+    part, notes = partial_path(path), partial_path(path).with_suffix(".txt")
+    frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for frame in video[0].unbind(1)]
+    pixels = rearrange(frames, "t c h w -> t h w c").cpu().numpy()
+    source = f"-f rawvideo -pix_fmt rgb24 -s {pixels.shape[2]}x{pixels.shape[1]} -r {fps} -i -".split()
+    # The scaler sets the matrix; players are told of it by frames' tags or, in older ffmpegs, by the encoder's.
+    tags = "setparams=color_primaries=bt709:color_trc=bt709 -color_primaries bt709 -color_trc bt709"
+    color = f"-vf scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},{tags} -colorspace bt709 -color_range tv"
     try:
-        # Not through imageio's writer, which takes a failed encode for a success.
-        done = subprocess.run([get_ffmpeg_exe(), "-y", "-v", "error", *source, *color, "-c:v", "libx264", "-crf", "17",
-                               "-pix_fmt", "yuv420p", "-metadata", f"comment={comment}", str(part)],
-                              input=pixels.cpu().numpy().tobytes(), stderr=subprocess.PIPE)  # fmt: skip
-        if done.returncode:
-            raise UserError(f"ffmpeg could not write {path} ({done.stderr.decode(errors='replace').strip()[-200:]})")
-        part.replace(path)
+        comment = re.sub(rb"([=;#\\\n])", rb"\\\1", comment.encode(errors="backslashreplace"))
+        notes.write_bytes(b";FFMETADATA1\ncomment=" + comment)  # an argument of the command may not be as long
+        encode = "-xerror -map_metadata 1 -c:v libx264 -crf 17 -pix_fmt yuv420p -movflags +faststart".split()
+        run_ffmpeg(f"write {path}", *source, "-f", "ffmetadata", "-i", notes, *color.split(), *encode, part,
+                   data=pixels.tobytes())  # fmt: skip
+        part.replace(os.path.realpath(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from None
     finally:
-        part.unlink(missing_ok=True)
+        for file in (part, notes):
+            file.unlink(missing_ok=True)
 
 
 # ---- Seeing and measuring the motion of a result ---------------------------------------------------------------------
