@@ -374,17 +374,17 @@ def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b"")
     rows, cols = size[::-1] if turn and height > width * (sar / per or 1) else size  # 0: the file does not tell
 
     if vpx := re.search(r"(?s)Video: vp([89]).*alpha_mode +: 1", log):  # its alpha needs another decoder
-        source = ["-c:v", "libvpx" if vpx[1] == "8" else "libvpx-vp9", *source]
-    alpha = vpx or re.match("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8", pixels)
+        source, pixels = ["-c:v", "libvpx" if vpx[1] == "8" else "libvpx-vp9", *source], "yuva420p"
+    alpha = re.match("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8", pixels)
     gif = "setpts=if(N\\,PREV_OUTPTS+if(eq(PTS-PREV_INPTS\\,1)\\,10\\,PTS-PREV_INPTS)\\,PTS)"
-    steps = {
-        "setparams=colorspace=bt709": space == "unknown" and width * height > 1024 * 576,
+    steps = {  # HDR's white is 203 cd/m² (BT.2408), and what is brighter clips
+        f"format={pixels},setparams=colorspace=bt709": space == "unknown" and width * height > 1024 * 576,
         gif: "Input #0, gif" in log,  # a delay of one tick means ten, as in browsers
         "format=gbrap": alpha,
         "bwdif=send_frame:auto:interlaced": True,
         f"setpts=PTS-max(STARTPTS-{skip}/TB\\,0)": True,  # a stream that begins after `skip` is used from its own begin
         f"fps={fps}:start_time={skip}": True,
-        "zscale=npl=203:p=bt709:t=bt709:m=bt709": transfer in ("smpte2084", "arib-std-b67"),  # PQ, HLG; white: BT.2408
+        "zscale=npl=203:p=bt709:t=bt709:m=bt709:agamma=0": transfer in ("smpte2084", "arib-std-b67"),  # PQ, HLG
         "split[a][b];[a]drawbox=c=gray:t=fill:replace=1[a];[a][b]overlay=format=gbrp": alpha,
         f"scale=w=max({cols}\\,round({rows}*dar)):h=max({rows}\\,round({cols}/dar)):flags={SCALER}": True,
         f"format=rgb24,crop={cols}:{rows}": True,

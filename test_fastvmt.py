@@ -1232,69 +1232,253 @@ def test_every_setting_reaches_the_method(monkeypatch, tmp_path):
     assert fastvmt.main([str(a) for a in [*args, "--window", "none"]]) == 0 and seen["config"].window is None
 
 
-@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "odd", "late", "gif", "narrow"])
+def encode(path, raw, *options, fps=12):
+    """Write uint8 (T, h, w, 3), or 10-bit planes with their -pix_fmt and -s in options, as a video."""
+    source = path.with_suffix(".raw")
+    source.write_bytes(raw.tobytes())
+    shape = ["-pix_fmt", "rgb24", "-s", f"{raw.shape[2]}x{raw.shape[1]}"] if raw.dtype == np.uint8 else options[:4]
+    log = ffmpeg("-f", "rawvideo", *shape, "-r", fps, "-i", source, *options[4 * (raw.dtype != np.uint8) :], path)
+    source.unlink()
+    assert path.exists(), log
+    return path
+
+
+def levels(path, *, fps=12, size=(32, 64), num_frames=81, **options):
+    """What read_video sees, (3, T, H, W) from 0 to 255."""
+    video = fastvmt.read_video(path, num_frames, size, fps=fps, **options)
+    assert video.dtype == torch.float32 and video.shape[0] == 1
+    return (video[0] + 1) * 127.5
+
+
+@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "paused", "fast", "slow", "odd", "late",
+                                  "gif", "tick", "narrow", "start", "stream"])  # fmt: skip
 def test_reading_videos(tmp_path, kind):
     size, path = (101, 67) if kind == "odd" else (48, 80), tmp_path / "in.mp4"
-    options = {"sound": ["-f", "lavfi", "-t", "1", "-i", "sine", "-map", "0", "-map", "1"],
-               "variable": ["-vf", "setpts=PTS+2/12/TB*gte(N\\,6)", "-fps_mode", "vfr"],
+    rate, fps = {"fast": (48, 16), "slow": (12, 30), "gif": (10, 10), "tick": (100, 10)}.get(kind, (12, 12))
+    options = {"variable": ["-vf", "setpts=PTS+2/12/TB*gte(N\\,6)", "-fps_mode", "vfr"],
+               "paused": ["-vf", "setpts=PTS+30/TB*gte(N\\,6)", "-fps_mode", "vfr"],
                "narrow": ["-vf", "setsar=1/4"], "odd": ["-pix_fmt", "yuv444p"], "gif": ["-pix_fmt", "yuv420p"],
                "late": ["-vf", "setpts=PTS+0.5/TB"]}.get(kind, [])  # fmt: skip
-    path, rate = (tmp_path / "in.gif", 10) if kind == "gif" else (path, 12)
-    if kind == "sound":  # outputs' options follow all inputs
-        write_clip(tmp_path / "silent.mp4")
-        ffmpeg("-i", tmp_path / "silent.mp4", *options, path)
+    path = path.with_suffix({"gif": ".gif", "tick": ".gif", "stream": ".ts"}.get(kind, ".mp4"))
+    write_clip(path, size=size, options=options, fps=rate)
+    flat = path.rename(tmp_path / ("flat" + path.suffix))
+    if kind == "sound":
+        ffmpeg("-i", flat, "-f", "lavfi", "-t", "3", "-i", "sine", "-map", "0", "-map", "1", path)
     else:
-        write_clip(path, size=size, options=options, fps=rate)
-    if kind == "rotated":
-        path.rename(tmp_path / "flat.mp4")
-        ffmpeg("-display_rotation", "90", "-i", tmp_path / "flat.mp4", "-c", "copy", path)
-    video, fps = fastvmt.read_video(path, 81, (32, 64), turn=True)
+        ffmpeg(*["-display_rotation", "90"] * (kind == "rotated"), "-i", flat, "-c", "copy", path)
+    start = 0.25 if kind in ("start", "stream") else 0.0
+    seen = levels(path, fps=fps, start=start, turn=True)
     portrait = kind in ("rotated", "odd", "narrow")
-    times = [n / rate + (n >= 6) * 2 / 12 * (kind == "variable") for n in range(14)]  # of the file's frames
-    assert fps == pytest.approx(14 / (times[-1] + 1 / 12) if kind == "variable" else rate, abs=0.1)
-    assert video.shape == (1, 3, 13, *((64, 32) if portrait else (32, 64))), video.shape
-    levels = (video + 1) * 127.5
+    gap = {"variable": 2 / 12, "paused": 30}.get(kind, 0)
+    times = [n / min(rate, 50) * (1 + 4 * (kind == "tick")) + (n >= 6) * gap for n in range(14)]  # of the file's frames
+    count = min(round((times[-1] + times[1] - start) * fps), 81)
+    assert seen.shape == (3, (count - 1) // 4 * 4 + 1, *((64, 32) if portrait else (32, 64))), seen.shape
     if kind == "rotated":  # by 90° counter-clockwise: what was on the right is on top
-        right, left = levels[0, :, :, 10:20].mean((0, 2, 3)), levels[0, :, :, -20:-10].mean()
+        right, left = seen[:, :, 10:20].mean((0, 2, 3)), seen[:, :, -20:-10].mean()
     else:
-        right, left = levels[0, :, :, :, -8:].mean((0, 2, 3)), levels[0, :, :, :, :8].mean()
-    shown = [max(k for k, time in enumerate(times) if time * fps < n + 0.5) for n in range(13)]  # at a constant rate
+        right, left = seen[:, :, :, -8:].mean((0, 2, 3)), seen[:, :, :, :8].mean()
+    # The nearest in time, so that a rounded time stamp changes nothing at the file's own rate.
+    shown = [max(k for k, time in enumerate(times) if (time - start) * fps < n + 0.5 - 1e-6) for n in range(len(right))]
     close(right, torch.tensor([10.0 * k for k in shown]), 6)
     assert left == pytest.approx(200, abs=6)
 
 
-def test_frames_are_covered_and_cropped_at_the_centre():
-    frame = np.zeros((60, 40, 3), np.uint8)
-    frame[20:40] = 255  # the middle third
-    fitted = fastvmt.fit_frame(frame, (32, 64))  # scaled to 96x64, rows 32 to 64 kept
-    assert fitted.shape == (3, 32, 64) and fitted[:, 2:-2].min() > 0.99
-    wide = fastvmt.fit_frame(np.ascontiguousarray(frame.transpose(1, 0, 2)), (64, 32))
-    close(wide, fitted.transpose(1, 2), 1e-5)
-    noise = fastvmt.fit_frame(np.random.default_rng(0).integers(0, 256, (256, 512, 3), np.uint8), (32, 64))
-    assert noise.std() < 0.2  # a mean of about 8x8 pixels, not one of them
+def test_a_start_inside_a_long_video(tmp_path):
+    raw = np.tile(np.arange(0, 240, 10, np.uint8)[:, None, None, None], (5, 16, 16, 3))
+    for suffix in (".mp4", ".mkv", ".ts", ".mpg"):
+        path = encode(tmp_path / f"in{suffix}", raw, "-g", "50", fps=5 if suffix != ".mpg" else 25)
+        for start in (0.6, 3.4, 18.2) if suffix != ".mpg" else (0.6, 3.4):
+            first = round(start * (25 if suffix == ".mpg" else 5))
+            seen = levels(path, fps=25 if suffix == ".mpg" else 5, size=(32, 32), num_frames=5, start=start)
+            close(seen.mean((0, 2, 3)), torch.tensor([(first + n) % 24 * 10.0 for n in range(5)]), 4)
+
+
+RED_AND_GREY = np.zeros((5, 48, 80, 3), np.uint8)
+RED_AND_GREY[:, :, :40], RED_AND_GREY[:, :, 40:] = (200, 60, 30), 120
+
+
+@pytest.mark.parametrize("kind", ["sd", "hd", "hd alpha", "hd tagged", "full", "rgb", "gray", "bt2020", "png alpha",
+                                  "vp9 alpha", "vp8 alpha", "palette alpha"])  # fmt: skip
+def test_colours_of_all_kinds(tmp_path, kind):
+    raw = RED_AND_GREY.repeat(15, 1).repeat(16, 2) if "hd" in kind else RED_AND_GREY
+    matrix = "bt709" if kind in ("hd", "hd alpha") else "bt2020" if kind == "bt2020" else "bt601"
+    tag = {"hd tagged": "smpte170m", "bt2020": "bt2020nc"}.get(kind, "unknown")
+
+    def filters(pixels, scale=f"scale=out_color_matrix={matrix}:flags={fastvmt.SCALER}", alpha=""):
+        return ["-vf", f"{alpha}{scale},format={pixels},setparams=colorspace={tag}"]
+
+    half = "format=rgba,colorchannelmixer=aa=0.5,"
+    name, options = {
+        "hd alpha": ("in.mkv", ["-c:v", "ffv1", *filters("yuva420p", alpha=half)]),
+        "full": ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p,scale=out_range=pc"), "-color_range", "pc"]),
+        "rgb": ("in.mkv", ["-c:v", "ffv1", "-pix_fmt", "gbrp"]),
+        "gray": ("in.mkv", ["-c:v", "ffv1", "-pix_fmt", "gray"]),
+        "bt2020": ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p10le")]),
+        "png alpha": ("in.mov", ["-c:v", "png", "-vf", half[:-1]]),
+        "vp9 alpha": ("in.webm", ["-c:v", "libvpx-vp9", "-crf", "4", *filters("yuva420p", alpha=half)]),
+        "vp8 alpha": ("in.webm", ["-c:v", "libvpx", "-b:v", "9M", "-auto-alt-ref", "0",
+                                  *filters("yuva420p", alpha=half)]),
+        "palette alpha": ("in.gif", ["-vf", "format=rgba,colorkey=0x787878:0.01,split[a][b];[a]palettegen[p];"
+                                            "[b][p]paletteuse"]),
+    }.get(kind, ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p")]))  # fmt: skip
+    path = encode(tmp_path / name, raw, *options)
+    expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])
+    if kind == "palette alpha":  # the right half is not there
+        expected[1] = 127.5
+    elif "alpha" in kind:  # on mid grey
+        expected = (expected + 127.5) / 2
+    elif kind == "gray":
+        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
+    left, right = (part[..., 3:-3].mean((1, 2, 3)) for part in levels(path).chunk(2, dim=3))
+    close(torch.stack([left, right]), expected, 1.6)
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_shown_as_bt709(tmp_path, transfer, monkeypatch):
+    # By the formulas of ST 2084 and BT.2100: white is 203 cd/m² (BT.2408), a display of BT.709 has gamma 2.4 (BT.1886).
+    expected = np.array([[255, 255, 255], [120, 120, 120], [30, 30, 30], [200, 60, 30], [40, 160, 90], [20, 60, 220.0]])
+    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    light = (expected / 255) ** 2.4 @ to_2020.T * 203  # cd/m²
+    weights = np.array([0.2627, 0.678, 0.0593])
+    if transfer == "smpte2084":
+        power = (light / 10000) ** 0.1593017578125
+        signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    else:
+        luminance = (light @ weights / 1000) ** (1 / 1.2)  # of the scene; the display shows its power of 1.2
+        scene = light / 1000 / luminance[:, None] ** 0.2
+        signal = np.where(scene <= 1 / 12, (3 * scene) ** 0.5,
+                          0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)  # fmt: skip
+    luma = signal @ weights
+    chroma = np.stack([(signal[:, 2] - luma) / 1.8814, (signal[:, 0] - luma) / 1.4746])
+    planes = np.stack([luma * 876 + 64, *(chroma * 896 + 512)]).round().astype("<u2")  # (3, colours)
+    frame = planes[:, None].repeat(32, 1).repeat(16, 2)  # a column of 16 pixels for each
+    tags = f"setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}"
+    path = encode(tmp_path / "in.mkv", np.stack([frame] * 5), "-pix_fmt", "yuv444p10le", "-s", "96x32",
+                  "-c:v", "ffv1", "-vf", tags)  # fmt: skip
+    seen = levels(path, size=(32, 96))[:, 0, 4:-4].unflatten(2, (6, 16))[..., 5:-5].mean((1, 3)).T
+    close(seen, torch.tensor(expected).float(), 3.2)  # ten bits are coarse in the dark
+
+    run = subprocess.run  # a build without the filter says what this one says of a filter that does not exist
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run(
+        [argument.replace("zscale", "z_scale") for argument in command], **options))  # fmt: skip
+    with pytest.raises(fastvmt.UserError, match="No such filter: 'z_scale'"):
+        levels(path)
+
+
+def test_interlaced_frames_have_no_combs(tmp_path):
+    rows, columns = np.mgrid[:96, :160]
+    fields = [128 + 100 * np.sin((columns - 8 * n) / 12) for n in range(18)]  # a pan of 8 columns a field
+    raw = np.stack([np.where(rows % 2, second, first) for first, second in zip(fields[::2], fields[1::2])])
+    raw = raw[..., None].repeat(3, 3).astype(np.uint8)
+    path = encode(tmp_path / "in.mkv", raw, "-vf", "setfield=tff", "-c:v", "ffv1", "-pix_fmt", "yuv420p")
+    seen = levels(path, size=(96, 160))
+    combs = (seen[:, 1:-1, 1:-1] - (seen[:, 1:-1, 2:] + seen[:, 1:-1, :-2]) / 2).abs().mean()
+    assert combs < 2, combs  # 27 with the combs
+    close(seen[:, :, ::2, 20:-20], torch.tensor(raw[:, ::2, 20:-20]).permute(3, 0, 1, 2).float(), 4)
+
+
+def test_rate_and_pixels_are_of_one_stream(tmp_path):
+    small = write_clip(tmp_path / "small.mp4", fps=12)
+    dark = encode(tmp_path / "dark.mp4", np.zeros((60, 96, 160, 3), np.uint8), fps=30)
+    ffmpeg("-i", small, "-i", dark, "-map", "0", "-map", "1", "-c", "copy", tmp_path / "both.mkv")
+    assert torch.equal(levels(tmp_path / "both.mkv"), levels(small))
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path):
+    from PIL import Image
+
+    folder, shades = tmp_path / "a %d:b", range(40, 180, 10)
+    folder.mkdir()
+    for n, shade in enumerate(shades):
+        name = f"x{n + 2}." + ("PNG", "jpg", "bmp", "webp", "jpeg")[n % 5]
+        picture = Image.new("RGBA", (96 + n, 48), (shade,) * 3 + (255,))
+        (picture if n % 5 == 0 else picture.convert("RGB")).save(folder / name)
+    Image.new("RGBA", (96, 48), (0, 0, 0, 0)).save(folder / "x1.png")
+    for name in ("._x3.png", "notes.txt"):
+        (folder / name).write_text("no picture")
+    seen = levels(folder, fps=30)
+    assert seen.shape == (3, 13, 32, 64)  # of 15
+    close(seen.mean((0, 2, 3)), torch.tensor([127.5, *shades[:12]]), 1.6)
+    assert torch.equal(levels(folder, fps=8, start=0.5, num_frames=9), seen[:, 4:])
+    with pytest.raises(fastvmt.UserError, match="has 3 frames from 0.4 s"):
+        levels(folder, fps=30, start=0.4)
+    (folder / "x4.bmp").write_bytes(b"BM no picture")
+    with pytest.raises(fastvmt.UserError, match="x4.bmp"):
+        levels(folder)
+
+
+def test_frames_are_covered_and_cropped_at_the_centre(tmp_path):
+    raw = np.zeros((5, 60, 40, 3), np.uint8)
+    raw[:, 20:40] = 255  # the middle third
+    tall = levels(encode(tmp_path / "in.mkv", raw, "-c:v", "ffv1", "-pix_fmt", "gbrp"))  # to 96x64, rows 32 to 64 kept
+    assert tall.shape == (3, 5, 32, 64) and tall[:, :, 2:-2].min() > 253
+    raw = np.ascontiguousarray(raw.transpose(0, 2, 1, 3))
+    wide = levels(encode(tmp_path / "in.mkv", raw, "-c:v", "ffv1", "-pix_fmt", "gbrp"), size=(64, 32))
+    close(wide, tall.transpose(2, 3), 2)
+    turned = levels(encode(tmp_path / "in.mkv", raw, "-c:v", "ffv1", "-pix_fmt", "gbrp"), size=(64, 32), turn=True)
+    assert turned.shape == (3, 5, 64, 32)  # a landscape video needs no turning
+    noise = np.random.default_rng(0).integers(0, 256, (5, 256, 512, 3), np.uint8)
+    noise = levels(encode(tmp_path / "in.mkv", noise, "-c:v", "ffv1", "-pix_fmt", "gbrp"))
+    assert noise.std() < 25  # a mean of about 8x8 pixels, not one of them
+
+
+def test_names_and_unreadable_references(tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "in.mp4").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "a%03d.mp4", "http:a.mp4", "a\nb '\".mp4", "狐狸.MP4", os.fsdecode(b"caf\xe9.mp4")):
+        Path(name).write_bytes(clip)
+        assert levels(name).shape[1] == 13
+    for name, content in (("no.mp4", None), ("text.mp4", b"no video"), ("half.mp4", clip[: len(clip) // 2]),
+                          ("empty.mp4", b""), ("song.mp4", None), ("nul\0.mp4", None)):  # fmt: skip
+        if content is not None:
+            Path(name).write_bytes(content)
+        if name == "song.mp4":  # a picture of its cover is no video
+            ffmpeg("-f", "lavfi", "-t", "1", "-i", "sine", "-f", "lavfi", "-i", "color=s=64x64", "-map", "0",
+                   "-map", "1", "-c:v", "png", "-frames:v", "1", "-disposition:v", "attached_pic", name)  # fmt: skip
+            assert "attached pic" in ffmpeg("-i", name)
+        with pytest.raises(fastvmt.UserError) as raised:
+            levels(name)
+        assert len(str(raised.value).splitlines()) == 1 and (name in str(raised.value) or "\0" in name)
+    with pytest.raises(fastvmt.UserError, match="has 0 frames from 9.5 s"):
+        levels("in.mp4", start=9.5)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    with pytest.raises(fastvmt.UserError, match="ffmpeg cannot be run"):
+        levels("in.mp4")
 
 
 def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch):
     video = fastvmt.demo_video(9, (64, 96))
     assert video.shape == (1, 3, 9, 64, 96) and video.abs().max() <= 1
-    fastvmt.write_video(tmp_path / "o.mp4", video, 24)
-    again, fps = fastvmt.read_video(tmp_path / "o.mp4", 9, (64, 96))
-    assert fps == 24 and (again - video).abs().mean() < 0.02
+    (tmp_path / "link.mp4").symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
+    (tmp_path / "folder").mkdir()
+    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 20000, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
+    fastvmt.write_video(tmp_path / "link.mp4", video, 24, comment)
+    out = tmp_path / "folder" / "o.mp4"
+    assert (tmp_path / "link.mp4").is_symlink() and [p.name for p in out.parent.iterdir()] == ["o.mp4"]
+    assert metadata_of(out) == json.loads(comment)  # longer than an argument of a command can be
+    again = fastvmt.read_video(out, 9, (64, 96), fps=24)
+    assert again.shape[2] == 9 and (again - video).abs().mean() < 0.02
     close(again.mean((0, 2, 3, 4)), video.mean((0, 2, 3, 4)), 0.003)  # colours are not a level off
-    assert re.search(r"yuv420p\(tv, bt709", ffmpeg("-i", tmp_path / "o.mp4"))  # and players are told which they are
-    (tmp_path / "o.mp4").unlink()
+    assert re.search(r"yuv420p\(tv, bt709(, progressive)?\)", ffmpeg("-i", out))  # and players are told which they are
+    assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat")  # plays while it loads
 
-    (tmp_path / "o.mp4").write_text("an older result")
+    out.write_text("an older result")
+    for value in (math.nan, math.inf):
+        broken = video.clone()
+        broken[0, 1, 8, 3, 5] = value
+        with pytest.raises(FloatingPointError, match="finite"):
+            fastvmt.write_video(out, broken, 24)
+    (tmp_path / "in_the_way.mp4").mkdir()
+    with pytest.raises(fastvmt.UserError, match="in_the_way.*directory"):
+        fastvmt.write_video(tmp_path / "in_the_way.mp4", video, 24)
     for body in ("exit 1", 'for last; do :; done; head -c 99 > "$last"; exit 1'):
         script = tmp_path / "ffmpeg"
         script.write_text("#!/bin/sh\n" + body)
         script.chmod(0o755)
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
-        with pytest.raises(fastvmt.UserError, match="could not write"):
-            fastvmt.write_video(tmp_path / "o.mp4", video, 24)
-        script.unlink()
-        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
-        assert (tmp_path / "o.mp4").read_text() == "an older result"
+        with pytest.raises(fastvmt.UserError, match="cannot write"):
+            fastvmt.write_video(out, video, 24)
+        assert [p.name for p in out.parent.iterdir()] == ["o.mp4"] and out.read_text() == "an older result"
 
 
 def metadata_of(path):
