@@ -1,11 +1,10 @@
 """FastVMT: training-free video motion transfer on Wan 2.1, in one file.
 
 Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2), whose equation, section and
-appendix numbers are used below, in its order. Under the method stands the run that uses it.
-
-Everything above the sampler needs torch and einops only: copy what you need. Shapes in comments: F latent frames, H×W
-token grid of a frame, S = H·W, D head dimension, P frame pairs, N tiles (the paper's P), T tokens a tile, M window
-tokens. All positions and flows are (row, column) in tokens.
+appendix numbers stand below, in its order. Everything above the sampler needs torch and einops only: copy what you need.
+Under the method stands the run that uses it. Shapes in comments: F latent frames, H×W token grid of a frame, S = H·W,
+D head dimension, P frame pairs, N tiles (the paper's P), T tokens a tile, M window tokens. Positions and flows are
+(row, column) in tokens.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -18,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch.utils.checkpoint import checkpoint as recompute
-
-# ---- Settings --------------------------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
@@ -49,7 +46,7 @@ class MotionConfig:
     interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
     lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
     ref_noise: float | str = setting(
-        0.0, "noise level σ of the reference: 0, clean (Sec. 3.2), or the step's 'match' (Alg. 1)"
+        0.0, "noise level σ of the reference: 0 (Sec. 3.2) or the step's, 'match' (Alg. 1)"
     )
 
     def __post_init__(self):
@@ -61,20 +58,14 @@ class MotionConfig:
         if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
             raise UserError(f"ref_noise must be a noise level from 0 to 1 or 'match', not {self.ref_noise!r}")
 
-    @property
-    def flow_settings(self):
-        """The settings that attention_motion_flow takes, by name."""
-        return {name: getattr(self, name) for name in ("span", "tile", "window", "tau", "center")}
 
-
-# ---- Sliding-window attention motion flow (Sec. 3.2) ------------------------------------------------------------------
+# ---- Sliding-window attention motion flow (Sec. 3.2) -----------------------------------------------------------------
 
 
 def head_average(x, grid):
     """Mean over heads of q or k (App. B.4): x (F·H·W, heads, D), grid (F, H, W) -> (F, H, W, D), fp32 or better."""
-    f, h, w = grid
     x = x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-    return rearrange(x, "(f h w) d -> f h w d", f=f, h=h, w=w)
+    return rearrange(x, "(f h w) d -> f h w d", f=grid[0], h=grid[1])
 
 
 def frame_pairs(num_frames, span, device=None):
@@ -179,8 +170,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
         tile = grid  # one window for all tiles, so compute it as one tile
     i, j = frame_pairs(num_frames, span, Q.device)
     queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)
-    positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)
-    (tokens,) = tile_tokens(positions, tile)
+    (tokens,) = tile_tokens(row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2), tile)
     N, T, _ = tokens.shape
     elements_per_pair = N * math.prod(size) * (D + T) + H * W * (D + N)
     chunk = max(1, max_elements // elements_per_pair)
@@ -197,7 +187,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     return untile_tokens(torch.cat(found), tile, grid), key_mean
 
 
-# ---- Losses (Sec. 3.3) -----------------------------------------------------------------------------------------------
+# ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) --------------------------------------------------------------
 
 
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
@@ -237,9 +227,6 @@ def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
     return config.lambda_amf * amf + config.lambda_window * window, amf, window
 
 
-# ---- Step-skip optimizer (Sec. 3.4) ----------------------------------------------------------------------------------
-
-
 def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
@@ -259,8 +246,6 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
 
 # ---- Guided sampler (Algorithm 1) ------------------------------------------------------------------------------------
 
-MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
-
 
 def match_noise(latents, noise, sigma):
     """Clean latents at noise level sigma of flow matching (Algorithm 1's MatchNoise)."""
@@ -272,7 +257,8 @@ def motion_features(dit, x, sigma, context, config, *, checkpoint=False, **optio
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
     t = torch.full((1,), 1000 * sigma, device=x.device)
     q, k = dit.qk(x, t, context, config.block, checkpoint=checkpoint)
-    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), **config.flow_settings, **options)
+    options |= {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
+    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), **options)
 
 
 def guided_steps(num_steps, config):
@@ -335,7 +321,7 @@ import importlib
 import json
 import os
 import re
-import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -346,6 +332,8 @@ from tqdm import tqdm
 
 import wan_min
 
+MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
+DEMO = "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
 
 
@@ -372,7 +360,6 @@ def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b"")
     pixels, *numbers, space, transfer = frame.groups()
     sar, per, width, height = map(int, numbers)
     rows, cols = size[::-1] if turn and height > width * (sar / per or 1) else size  # 0: the file does not tell
-
     if vpx := re.search(r"(?s)Video: vp([89]).*alpha_mode +: 1", log):  # its alpha needs another decoder
         source, pixels = ["-c:v", "libvpx" if vpx[1] == "8" else "libvpx-vp9", *source], "yuva420p"
     alpha = re.match("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8", pixels)
@@ -390,28 +377,29 @@ def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b"")
         f"format=rgb24,crop={cols}:{rows}": True,
     }
     filters = ",".join(step for step, wanted in steps.items() if wanted)
-    output = ["-vf", filters, "-frames:v", num_frames, "-f", "rawvideo", "-"]
-    return np.frombuffer(run_ffmpeg(task, *source, *output, data=data)[0], np.uint8).reshape(-1, rows, cols, 3)
+    raw, _ = run_ffmpeg(task, *source, "-vf", filters, "-frames:v", num_frames, "-f", "rawvideo", "-", data=data)
+    return np.frombuffer(raw, np.uint8).reshape(-1, rows, cols, 3)
 
 
 def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
-    """The first 4k+1 ≤ num_frames frames from `start` seconds, `fps` a second: fp32 (1, 3, T, H, W) in [-1, 1].
+    """At most num_frames frames, cut to 4k+1, from `start` seconds, `fps` a second: fp32 (1, 3, T, H, W) in [-1, 1].
 
-    path: a video, or a folder of pictures, one a frame in the order of the numbers in their names. The frames cover
-    `size`; turn: with its sides swapped for a portrait video. UserError if unreadable or under 5 frames.
+    path: a video, a folder of pictures, one a frame in natural order, or "demo". They cover `size`, for a portrait reference
+    with its sides swapped if turn. UserError if unreadable or under 5 frames.
     """
     task = f"read the reference {path}"
     if os.path.isdir(path):
         names = [n for n in os.listdir(path) if re.fullmatch(r"[^.].*\.(png|jpe?g|webp|bmp)", n, re.I | re.S)]
         names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
-        first, frames = round(start * fps), []
-        for name in names[first : first + num_frames]:
+        frames = []
+        for name in names[round(start * fps) :][:num_frames]:
             data = Path(path, name).read_bytes()  # not by name, which ffmpeg can take for a pattern
             frames += [*decode_frames(f"{task}/{name}", ["-i", "-"], 1, size, 25, turn, data=data)]
             size, turn = frames[0].shape[:2], False
     else:
         skip = min(start, 10.0)  # decoded for nothing, as ffmpeg may seek to after the key frame that is needed
         source = ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]  # absolute: no URL, no option
+        source = ["-f", "lavfi", "-i", DEMO] if path == "demo" else source
         frames = decode_frames(task, source, num_frames, size, fps, turn, skip)
     if len(frames) < 5:
         raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s, not 5 or more")
@@ -419,12 +407,8 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     return rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w") / 127.5 - 1
 
 
-def demo_video(num_frames, size):
-    """A clip with known motion, a texture that slides right and down by an 80th of its size: (1, 3, T, H, W)."""
-    texture = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.6
-    texture = F.interpolate(texture, size, mode="nearest")[0]
-    frames = [texture.roll((n * size[0] // 80, n * size[1] // 80), (1, 2)) for n in range(num_frames)]
-    return torch.stack(frames, dim=1)[None]
+def kept_path(args):
+    return args.decode or args.out.with_suffix(".latents.safetensors")
 
 
 def partial_path(path):
@@ -460,10 +444,10 @@ def flow_agreement(flow_ref, flow_gen, moving=0.5):
 
 
 def compare_video(clips, flows):
-    """Named clips side by side, under each its motion as colours over the dimmed frames: (1, 3, T, 2·n·h + 42, …).
+    """Named clips side by side, under each its motion as colours, grey where it rests: (1, 3, T, 2·n·h + 42, …).
 
-    clips: name -> (1, 3, T, h, w) in [-1, 1]; flows: each one's AMF (F−1, H, W, 2) to the next latent frame, drawn to
-    one common scale. Clips under 240 rows are shown n times as large.
+    clips: name -> (1, 3, T, h, w) in [-1, 1], under 240 rows shown n times as large; flows: each one's AMF
+    (F−1, H, W, 2) to the next latent frame, drawn to one common scale.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -472,13 +456,9 @@ def compare_video(clips, flows):
     videos = repeat(videos, "n c t h w -> n c t (h a) (w b)", a=zoom, b=zoom)
     flows = torch.stack(list(flows)).cpu()
     length = flows.norm(dim=-1, keepdim=True)
-    strength = (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)
-    direction = torch.atan2(flows[..., :1], flows[..., 1:])
-    color = (direction - torch.tensor([0, 2, 4]) * (math.pi / 3)).cos()  # red, green, blue: a third of a turn apart
-    shown = rearrange(torch.cat([color, strength], dim=-1), "n f h w c -> n c f h w")
-    shown = F.interpolate(shown, videos.shape[2:], mode="nearest")
-    motions = torch.lerp(videos.mean(1, keepdim=True) * 0.3 - 0.5, shown[:, :3], shown[:, 3:])
-
+    direction, thirds = torch.atan2(flows[..., :1], flows[..., 1:]), torch.tensor([0, 2, 4]) * (math.pi / 3)
+    color = (direction - thirds).cos() * (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)  # RGB
+    motions = F.interpolate(rearrange(color, "n f h w c -> n c f h w"), videos.shape[2:], mode="nearest")
     (n, _, frames, _, width), legend = videos.shape, "motion: red right, green down, cyan left, violet up"
     strip = Image.new("RGB", (n * width, 42))
     for column, name in enumerate(clips):
@@ -502,8 +482,10 @@ PRESETS = {  # settings that people compare; what a setting cannot say is in the
 
 
 def parse_size(text):
-    size = [round(int(side) / 16) * 16 for side in re.fullmatch(r"(\d+)[xX](\d+)", text).groups()]
-    return tuple(size) if min(size) >= 32 else int("too small")
+    size = re.fullmatch(r"(\d{2,4})[xX](\d{2,4})", text)
+    if not size:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW, such as 480x832")
+    return tuple(max(32, round(int(side) / 16) * 16) for side in size.groups())
 
 
 def int_or_none(text):  # argparse shows this name
@@ -541,8 +523,7 @@ def build_parser():
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add("--device", default=device, help="torch device")
     add("--dtype", choices=DTYPES, help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
-    choices = ["auto", "on", "off"]
-    add("--checkpoint", choices=choices, default="auto", help="recompute blocks in the backward pass, to save memory")
+    add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
     add("--offload", action="store_true", help="keep the blocks' weights in host memory and stream them to the device")
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
@@ -559,7 +540,7 @@ def build_parser():
 
 
 def parse_arguments(argv, parser=None):
-    """The flags, and the wan_min.Model that they name. It and a preset bring defaults, which any flag overrides."""
+    """The flags, the method's settings and the wan_min.Model; its defaults and a preset's yield to any flag."""
     parser = parser or build_parser()
     args = parser.parse_args(argv)  # what is wrong is told before a model is looked for
     try:
@@ -570,15 +551,13 @@ def parse_arguments(argv, parser=None):
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
     model = source.open_model(args.model, device, dtype, offload=args.offload, random_weights=args.random_weights)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
-    return parser.parse_args(argv), model
-
-
-def motion_config(args):
+    args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
-    return MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    return args, config, model
 
 
-def check_arguments(args, model, config):
+def check_arguments(args, config, model):
     """UserError for what can be told to be wrong before anything is read or loaded."""
     if args.ref is None or not (args.prompt or "").strip():
         raise UserError("--ref or --prompt is missing, or the prompt is empty")
@@ -593,19 +572,21 @@ def check_arguments(args, model, config):
     outputs = [path for path in (args.out, args.compare) if path]
     if len({os.path.realpath(path) for path in (args.ref, *outputs)}) <= len(outputs):
         raise UserError("--ref, --out and --compare must be different files")
-    for path in outputs:
-        if path.suffix.lower() != ".mp4" or os.path.isdir(path):
-            raise UserError(f"output {path} is not a file name that ends in .mp4")
+    if any(path.suffix.lower() != ".mp4" or os.path.isdir(path) for path in outputs):
+        raise UserError("--out and --compare must be file names that end in .mp4")
+    for path in (kept_path(args), *map(partial_path, outputs)):
         try:
-            partial_path(path).touch()
-            partial_path(path).unlink()
+            existed = path.exists()
+            path.open("ab").close()
+            existed or path.unlink()
         except OSError as error:
-            raise UserError(f"output {path} cannot be written ({error.strerror})") from None
+            raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    if shutil.disk_usage(args.out.absolute().parent).free < 2**27:
+        raise UserError(f"less than 128 MiB are free where {args.out} is to be written")
 
 
 def generate(args, config, dit, noise, contexts, reference):
     """Latents guided by the reference or, without one, plainly made from pure noise; shows its progress."""
-    context, negative, null = contexts
     strength, guided = (1.0, 0) if reference is None else (args.strength, guided_steps(args.steps, config))
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
     if guided:
@@ -621,8 +602,8 @@ def generate(args, config, dit, noise, contexts, reference):
     with tqdm(total=args.steps, desc="sampling", mininterval=1) as bar:
         for checkpoint in (args.offload or args.checkpoint == "on", True):
             try:
-                return sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, reference=reference,
-                              null=null, config=config, checkpoint=checkpoint, callback=callback)  # fmt: skip
+                return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,
+                              null=contexts[2], config=config, checkpoint=checkpoint, callback=callback)  # fmt: skip
             except RuntimeError as error:
                 if checkpoint or args.checkpoint == "off" or not wan_min.out_of_memory(error):
                     raise
@@ -630,22 +611,25 @@ def generate(args, config, dit, noise, contexts, reference):
 
 
 @torch.no_grad()
-def run(args, model):
+def run(args, config, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
-    config = motion_config(args)
-    check_arguments(args, model, config)
+    check_arguments(args, config, model)
     fps, progress = args.fps or model.fps, partial(tqdm, leave=False, disable=None)
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
-    if args.ref == "demo":
-        video = (model.demo or demo_video)((args.frames - 1) // 4 * 4 + 1, size)
+    if args.ref == "demo" and model.demo:
+        video = model.demo(args.frames, size)
     else:
         video = read_video(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
-
     # What made the video, for its metadata; the paper's ethics statement promises such a marking.
     record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__}
     record = json.dumps(record | {"ref": os.path.basename(args.ref)}, default=str)
 
-    print("encoding the prompts", flush=True)
+    notices = {
+        f"only {video.shape[2]} frames: the reference is shorter than --frames": video.shape[2] < args.frames - 3,
+        f"the model was trained on clips of up to {model.max_frames} frames": video.shape[2] > model.max_frames,
+        "--size is rows x columns: this is a portrait video": size in model.canvases[1:] and not turn,
+    }
+    print(*(text for text, holds in notices.items() if holds), "encoding the prompts", sep="\n", flush=True)
     contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
     print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps), flush=True)
     codec = model.load_codec()
@@ -655,8 +639,7 @@ def run(args, model):
     dit = model.load_dit(progress)
     for block in dit.blocks if args.compile else ():
         block.compile()
-
-    latents, kept = {"reference": reference}, args.decode or args.out.with_suffix(".latents.safetensors")
+    latents, kept = {"reference": reference}, kept_path(args)
     if args.plain:
         latents["plain"] = generate(args, config, dit, noise, contexts, None)
     if args.decode:
@@ -664,16 +647,11 @@ def run(args, model):
     else:
         latents["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
         save_file({"latents": latents["result"].cpu()}, kept)
-        command = shlex.join(["python", *sys.argv, "--decode", str(kept)])
-        print(f"the latents are safe; should the rest fail, this finishes the video: {command}", flush=True)
-
-    def measure(x, **options):
-        x = match_noise(x, noise, MEASURE_SIGMA)
-        return motion_features(dit, x, MEASURE_SIGMA, contexts[2], config, **options)[0]
-
-    flows = [measure(x) for x in latents.values()]
-    entropy = measure(reference, entropy=True).mean()
-    dit = None  # the decoder needs the memory
+        print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
+    measure = partial(motion_features, dit, sigma=MEASURE_SIGMA, context=contexts[2], config=config)
+    nearly_clean = [match_noise(x, noise, MEASURE_SIGMA) for x in latents.values()]
+    flows, entropy = [measure(x)[0] for x in nearly_clean], measure(nearly_clean[0], entropy=True)[0].mean()
+    dit = measure = None  # the decoder needs the memory
     clips = {name: video if x is reference else codec.decode(x, progress=progress) for name, x in latents.items()}
     write_video(args.out, clips["result"], fps, record)
     kept.unlink()
@@ -689,18 +667,22 @@ def run(args, model):
 
 def advice(error):
     """The one line that a user needs; raises an error that is not the user's."""
-    if wan_min.out_of_memory(error):
-        return "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
     if isinstance(error, (UserError, wan_min.ModelError)):
         return " ".join(str(error).split())
+    if wan_min.out_of_memory(error):
+        return "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
     raise error
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may not know τ
     try:
         run(*parse_arguments(argv))
         return 0
+    except BrokenPipeError:  # as of `| head`
+        os._exit(1)
     except KeyboardInterrupt:
         code, text = 130, "interrupted"
     except Exception as error:
