@@ -15,7 +15,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
 # ---- Schedule --------------------------------------------------------------------------------------------------------
@@ -50,27 +51,25 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rope_table(grid, head_dim, device=None):
-    """Cosine and sine of the rotary angles of a token grid (F, H, W): (2, S, 1, D/2) fp32.
+def rope_table(grid, head_dim, device):
+    """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64.
 
-    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with θ = 10000.
+    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with base 10000.
     """
-    side = 2 * (head_dim // 6)
-    tables = []
-    for axis, (length, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
-        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * freqs  # (length, dim/2)
-        table = torch.stack([angles.cos(), angles.sin()]).to(device, torch.float32)
-        pattern = ("two f c -> two f 1 1 c", "two h c -> two 1 h 1 c", "two w c -> two 1 1 w c")[axis]
-        tables.append(rearrange(table, pattern).expand(2, *grid, -1))
-    return rearrange(torch.cat(tables, dim=-1), "two f h w c -> two (f h w) 1 c")
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+    side, angles = 2 * (head_dim // 6), []
+    positions = torch.cartesian_prod(*(torch.arange(length, dtype=dtype, device=device) for length in grid))  # (S, 3)
+    for position, dim in zip(positions.unbind(1), (head_dim - 2 * side, side, side)):
+        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+        angles.append(position[:, None] * freqs)  # (S, dim/2)
+    angles = torch.cat(angles, dim=1)
+    return torch.complex(angles.cos().float(), angles.sin().float())[:, None]
 
 
 def apply_rope(x, table):
     """Rotate the interleaved channel pairs of x (B, S, N, D) in fp32; returns x's dtype."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # one pass over memory, real numbers take eight
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -148,6 +147,12 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale, self.eps))
 
 
+def keep_self_attention(_, op, *args, **kwargs):
+    """Policy of recomputation: only the output of self-attention, most of a block's arithmetic, is stored."""
+    attention = "scaled_dot_product" in op.name() and args[0].shape == args[1].shape  # q and k, alike in length
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class DiT(nn.Module):
     """Wan 2.1 diffusion transformer; arguments named as in the checkpoint's config.json, defaults the 1.3B's.
 
@@ -175,7 +180,8 @@ class DiT(nn.Module):
         time = self.time_embedding(timestep_embedding(t, self.freq_dim))
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B, 6, dim)
         context = self.text_embedding(context.to(dtype))  # (B, L, dim)
-        return patches.float().flatten(2).transpose(1, 2), time, (modulation, context, rope)
+        tokens = rearrange(patches.float(), "b c f h w -> b (f h w) c").contiguous()  # else every block copies first
+        return tokens, time, (modulation, context, rope)
 
     def forward(self, x, t, context):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
@@ -194,70 +200,59 @@ class DiT(nn.Module):
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
-        Arguments as in `forward`; `checkpoint` recomputes each block in the backward pass instead of storing its
-        activations. Raises ValueError for a block that the model has not.
+        Arguments as in `forward`; `checkpoint` recomputes each block in the backward pass and stores its input and
+        self-attention's output alone. Raises ValueError for a block outside the model.
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-        out, _, shared = self.embed(x, t, context)
-        for n, layer in enumerate(self.blocks[:block], 1):
-            run = partial(recompute, layer, use_reentrant=False, preserve_rng_state=False) if checkpoint else layer
-            out = run(out, *shared, n == block)  # tokens, of the last block its Q and K
-        return out
 
+        def run(layer, *args):
+            if not checkpoint:
+                return layer(*args)
+            contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
+            return recompute(layer, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-def activation_bytes(dit, x, block):
-    """Estimate of what the backward pass of `dit.qk(x, ..., block)` keeps without checkpointing, counted on a block."""
-    attention, ffn = dit.blocks[0].self_attn.q.weight, dit.blocks[0].ffn[0].weight
-    tokens, size = x[0, 0].numel() // math.prod(dit.patch_size), attention.element_size()
-    # Of each token 6.5 fp32 arrays and 6 in the matmuls' dtype, as wide as the model, and GELU's input.
-    return (block - 1) * tokens * ((26 + 6 * size) * attention.shape[0] + size * ffn.shape[0])
+        tokens, _, shared = self.embed(x, t, context)
+        *before, last = self.blocks[:block]
+        for layer in before:
+            tokens = run(layer, tokens, *shared)
+        return run(last, tokens, *shared, True)
 
 
 def offload_blocks(module, device):
-    """Leave the weights of module.blocks in host memory and stream each block's to the device as it runs.
+    """Leave the weights of module.blocks in host memory and copy each block's to the device as it runs.
 
-    The copy of the next block, or in a backward pass of the one before, overlaps the running one; at most two blocks'
-    weights are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
+    A thread copies those of the next block, in a backward pass of the one before, while one runs: two blocks' weights
+    at most are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
     Returns the module, its other parts on the device.
     """
-    device, host = torch.device(device), []
-    cuda = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    thread, host, copies, last, weights = ThreadPoolExecutor(1), [], {}, 0, None
     for block in module.blocks:
-        host.append({name: p.pin_memory() if cuda else p for name, p in block.state_dict().items()})
+        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
         block.to("meta")  # else host memory would hold the weights twice
     shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed
-    stream, copies, last = torch.cuda.Stream(device) if cuda else None, {}, 0
 
     def fetch(n):
-        with torch.cuda.stream(stream) if cuda else nullcontext():
-            copies[n] = {name: p.to(device, non_blocking=True, copy=True) for name, p in host[n].items()}
+        with torch.cuda.stream(stream):
+            return {name: p.to(device, copy=True) for name, p in host[n].items()}
 
     def run(n, *args, **kwargs):
-        nonlocal last
+        nonlocal last, weights
+        if stream:
+            torch.cuda.current_stream(device).synchronize()  # so that the block before needs its weights no more
         if n not in copies:
             copies.clear()
-            fetch(n)
-        weights = copies.pop(n)
-        if cuda:
-            compute = torch.cuda.current_stream(device)
-            before = compute.record_event()
-            compute.wait_stream(stream)
-            for p in weights.values():
-                p.record_stream(compute)
-        try:
-            return torch.func.functional_call(shell, weights, args, kwargs)
-        finally:  # recomputation in a backward pass leaves by an exception once it has what it needs
-            following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
-            if cuda:
-                before.synchronize()  # the block before has finished, so that its weights are free
-            fetch(following)
+            copies[n] = thread.submit(fetch, n)
+        weights = copies.pop(n).result()
+        following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
+        copies[following] = thread.submit(fetch, following)
+        return torch.func.functional_call(shell, weights, args, kwargs)
 
     for n, block in enumerate(module.blocks):
         block.forward = partial(run, n)
-    for child in module.children():
-        if child is not module.blocks:
-            child.to(device)
+    for child in set(module.children()) - {module.blocks}:
+        child.to(device)
     return module
 
 
