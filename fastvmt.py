@@ -1,38 +1,25 @@
 """FastVMT: training-free video motion transfer on Wan 2.1, in one file.
 
-Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2); equation, section and appendix
+Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2). Equation, section and appendix
 numbers below are its. Top to bottom: settings, tiles and windows, attention motion flow (AMF), the two losses, the
-step-skip optimizer, the guided sampler; then video in and out, measuring and drawing a result's motion, command line.
+step-skip optimizer, the guided sampler. Under them the run that uses these: video in and out, seeing the motion,
+command line.
 
 Everything above the sampler is pure tensor code that needs torch and einops only: copy what you need. Shapes in
 comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame pairs, N tiles (the paper's P),
 T tokens a tile, M window tokens. All positions and flows are (row, column) in tokens.
 """
 
-import argparse
-import json
-import logging
-import math
-import os
-import re
-import shlex
-import subprocess
-import sys
-import time
-import timeit
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from pathlib import Path
+# SPDX-License-Identifier: Apache-2.0
 
-import numpy as np
+import math
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch.utils.checkpoint import checkpoint as recompute
-
-import wan_min
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
@@ -43,7 +30,10 @@ def setting(default, text):
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """The method's numbers; the defaults are the paper's. Each field is also a command line flag."""
+    """The method's numbers; the defaults are the paper's. Each field is also a command line flag.
+
+    Raises ValueError for a number that the method cannot work with.
+    """
 
     block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
     tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
@@ -59,7 +49,25 @@ class MotionConfig:
     inner_steps: int = setting(10, "optimizer steps J in a guided step (Sec. 4.1)")
     interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
     lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
-    ref_noise: str = setting("match", "reference features: at the step's noise 'match' (Alg. 1) or 'clean' (Sec. 3.2)")
+    ref_noise: float | str = setting(
+        0.0, "noise level σ at which the reference's features are read: 0, clean (Sec. 3.2), or 'match' (Alg. 1)"
+    )
+
+    def __post_init__(self):
+        counts = (self.block, *self.tile, self.span, self.inner_steps, self.interval, self.window or 1)
+        if self.window == 0 or min(counts) < 1:
+            raise ValueError("block, tile, window, span, inner_steps and interval must be at least 1")
+        if self.center not in ("soft", "argmax"):
+            raise ValueError(f"center must be 'soft' or 'argmax', not {self.center!r}")
+        if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
+            raise ValueError(f"ref_noise must be a noise level from 0 to 1 or 'match', not {self.ref_noise!r}")
+        if not 0 <= self.guided_fraction <= 1:
+            raise ValueError(f"guided_fraction must be from 0 to 1, not {self.guided_fraction}")
+
+    @property
+    def flow_settings(self):
+        """The settings that attention_motion_flow takes, by name."""
+        return {name: getattr(self, name) for name in ("span", "tile", "window", "tau", "center")}
 
 
 # ---- Tiles and windows (Sec. 3.2) ------------------------------------------------------------------------------------
@@ -105,8 +113,9 @@ def tile_queries(Q, tile):
 
     (F, H, W, D) -> (F, N, D).
     """
-    rows, cols = ((torch.arange(0, length, side, device=Q.device) + side // 2).clamp(max=length - 1)
-                  for side, length in zip(tile, Q.shape[1:3]))  # fmt: skip
+    (_, H, W, _), (th, tw) = Q.shape, tile
+    rows = (torch.arange(0, H, th, device=Q.device) + th // 2).clamp(max=H - 1)
+    cols = (torch.arange(0, W, tw, device=Q.device) + tw // 2).clamp(max=W - 1)
     return rearrange(Q[:, rows][:, :, cols], "f a b d -> f (a b) d")
 
 
@@ -120,21 +129,21 @@ def window_centers(queries, keys, *, tau=1.0, center="soft"):
     logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)
     if center == "argmax":
         return row_column(logits.argmax(-1), W)
-    if center != "soft":
-        raise ValueError(f"center must be 'soft' or 'argmax', not {center!r}")
     positions = row_column(torch.arange(logits.shape[-1], device=keys.device), W).to(logits.dtype)  # (S, 2)
     return ((logits * (tau / D**0.5)).softmax(-1) @ positions).round().long()
 
 
 def window_origins(centers, grid, size):
     """First row and column of the windows (eq. 3), shifted, not cropped, to lie in the grid: long (P, N, 2)."""
-    grid, size = torch.tensor([grid, size], device=centers.device)
-    return (centers - size // 2).clamp(min=0).minimum(grid - size)
+    rows = (centers[..., 0] - size[0] // 2).clamp(0, grid[0] - size[0])
+    cols = (centers[..., 1] - size[1] // 2).clamp(0, grid[1] - size[1])
+    return torch.stack([rows, cols], dim=-1)
 
 
 def window_indices(origins, grid, size):
     """Flat token indices row·W + column of the windows at origins (P, N, 2): long (P, N, M), row-major."""
-    rows, cols = (torch.arange(s, device=origins.device) + origins[..., axis, None] for axis, s in enumerate(size))
+    rows = origins[..., 0, None] + torch.arange(size[0], device=origins.device)  # (P, N, l)
+    cols = origins[..., 1, None] + torch.arange(size[1], device=origins.device)
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(-2)
 
 
@@ -149,28 +158,42 @@ def window_means(K, origins, j, size):
 # ---- Attention motion flow (Sec. 3.2, eq. 5) -------------------------------------------------------------------------
 
 
-def expected_positions(queries, key_rows, i, j, origins, grid, size, tau):
-    """Attention-weighted mean key position of each query over its tile's window: (P, N, T, 2).
+def window_attention(queries, K, pairs, windows, tau):
+    """Attention of each token over its tile's window: (P, N, M, T), a softmax over M.
 
-    queries (F, N, T, D), key_rows (F·S, D), pairs i and j (P,), origins (P, N, 2). Positions are absolute:
-    window-relative ones would lose the motion of the window itself.
+    queries (F, N, T, D) of frames i, K (F, H, W, D) of frames j, pairs (i, j), windows (P, N, M) as window_indices.
     """
-    H, W = grid
-    index = window_indices(origins, grid, size)  # (P, N, M)
+    (i, j), (_, H, W, D) = pairs, K.shape
     # F.embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
-    keys = F.embedding(j[:, None, None] * (H * W) + index, key_rows)  # (P, N, M, D)
+    keys = F.embedding(j[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
     # Window by tile, not tile by window: the gradient of the keys then comes out in their own memory order.
-    logits = einsum(keys, queries[i], "p n m d, p n t d -> p n m t") * (tau / queries.shape[-1] ** 0.5)
-    return einsum(logits.softmax(-2), row_column(index, W).to(logits.dtype), "p n m t, p n m c -> p n t c")
+    logits = einsum(keys, queries[i], "p n m d, p n t d -> p n m t")
+    return (logits * (tau / D**0.5)).softmax(-2)
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
-    """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
+def expected_positions(queries, K, pairs, windows, tau):
+    """Attention-weighted mean position of each token's match: (P, N, T, 2); arguments as of window_attention.
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
-    better; pairs in frame_pairs' order, tiles row-major. window=None, or one that covers the grid, is the full-frame
-    AMF of DiTFlow. Gradients flow to Q and K, not through the choice of window. Costs P·S·M·D. Pairs are taken in
-    chunks and redone in the backward pass, so that about max_elements gathered keys and logits exist at once.
+    Positions are absolute: window-relative ones would lose the motion of the window itself.
+    """
+    attention = window_attention(queries, K, pairs, windows, tau)
+    positions = row_column(windows, K.shape[2]).to(attention.dtype)  # (P, N, M, 2)
+    return einsum(attention, positions, "p n m t, p n m c -> p n t c")
+
+
+def relative_entropy(queries, K, pairs, windows, tau):
+    """Entropy of each token's attention over its window, 1 where it is uniform: (P, N, T, 1)."""
+    attention = window_attention(queries, K, pairs, windows, tau)
+    return torch.special.entr(attention).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
+
+
+def search_windows(read, Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
+    """Place one l×l window per tile and pair (eqs. 1-4), and `read` what each token's attention finds in it.
+
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. read: expected_positions, or alike with (P, N, T, C). Returns what was
+    read (P, H, W, C), and the windows' mean keys K̄ (P, N, D), fp32 or better; pairs in frame_pairs' order, tiles
+    row-major. Gradients flow to Q and K, not through the choice of window. Costs P·S·M·D. Pairs are taken in chunks
+    and redone in the backward pass, so that about max_elements gathered keys and logits exist at once.
     """
     num_frames, H, W, D = Q.shape
     if num_frames < 2 or span < 1 or window is not None and window < 1:
@@ -179,22 +202,35 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     grid, num_tiles = (H, W), math.ceil(H / tile[0]) * math.ceil(W / tile[1])
     size = grid if window is None else (min(window, H), min(window, W))
     if size == grid:
-        tile = grid  # all tiles share the one window, so that one big tile computes the same
+        tile = grid  # one window for all tiles, so compute it as one tile
     i, j = frame_pairs(num_frames, span, Q.device)
-    queries, representatives, key_rows = tile_tokens(Q, tile), tile_queries(Q, tile), K.flatten(0, 2)
+    queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)
     _, N, T, _ = queries.shape
-    chunk = max(1, max_elements // (N * math.prod(size) * (D + T) + H * W * (D + N)))
+    elements_per_pair = N * math.prod(size) * (D + T) + H * W * (D + N)
+    chunk = max(1, max_elements // elements_per_pair)
 
-    targets, origins = [], []
-    for ci, cj in zip(i.split(chunk), j.split(chunk)):
+    found, origins = [], []
+    for pairs in zip(i.split(chunk), j.split(chunk)):
         with torch.no_grad():
-            centers = window_centers(representatives[ci], K[cj], tau=tau, center=center)
+            centers = window_centers(representatives[pairs[0]], K[pairs[1]], tau=tau, center=center)
             origins.append(window_origins(centers, grid, size))
-        targets.append(recompute(expected_positions, queries, key_rows, ci, cj, origins[-1], grid, size, tau,
-                                 use_reentrant=False, preserve_rng_state=False))  # fmt: skip
-    target = untile_tokens(torch.cat(targets), tile, grid)  # (P, H, W, 2)
+            windows = window_indices(origins[-1], grid, size)
+        found.append(recompute(read, queries, K, pairs, windows, tau, use_reentrant=False, preserve_rng_state=False))
+    key_mean = window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)  # the one window is every tile's
+    return untile_tokens(torch.cat(found), tile, grid), key_mean
+
+
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25):
+    """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
+
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D): see
+    search_windows. window=None, or one that covers the grid, is the full-frame AMF of DiTFlow.
+    """
+    _, H, W, _ = Q.shape
+    target, key_mean = search_windows(expected_positions, Q, K, span=span, tile=tile, window=window, tau=tau,
+                                      center=center, max_elements=max_elements)  # fmt: skip
     position = row_column(torch.arange(H * W, device=Q.device), W).view(H, W, 2)
-    return target - position, window_means(K, torch.cat(origins), j, size).expand(-1, num_tiles, -1)
+    return target - position, key_mean
 
 
 # ---- Losses (Sec. 3.3) -----------------------------------------------------------------------------------------------
@@ -205,13 +241,15 @@ def offset_weights(offsets, span, alpha=0.2):
     return 1 - alpha * (offsets - 1) / max(span - 1, 1)
 
 
-def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2):
+def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
     """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), a mean over pairs and tokens (eq. 5, App. B.1).
 
-    No gradient flows to the reference.
+    weight (H, W), not the paper's: how much each token counts, to follow the motion of a part of the frame only; a
+    token's share is its weight over the sum of weights. No gradient flows to the reference.
     """
     i, j = frame_pairs(num_frames, span, flow_gen.device)
-    squared = (flow_gen - flow_ref.detach()).square().sum(-1).mean((1, 2))  # (P,)
+    squared = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
+    squared = squared.mean((1, 2)) if weight is None else (squared * weight).sum((1, 2)) / weight.sum()
     return (offset_weights((j - i).to(squared), span, alpha) * squared).mean()
 
 
@@ -221,14 +259,16 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
     key_mean (P, N, D). An anchor i has the targets i+1 … min(i+s_f−1, F−1), one offset fewer than eq. 3 (B.4); one with
     fewer than two adds 0. The norm is B.4's; squared=True gives eq. 7's.
     """
-    i, j = frame_pairs(num_frames, span, key_mean.device)
-    offset = j - i
-    pair = torch.nonzero((offset < span - 1) & (j < num_frames - 1)).squeeze(1)  # (i, j) whose (i, j+1) counts too
-    following = pair + (num_frames - offset)[pair]  # of (i, j+1), by frame_pairs' order
-    change = key_mean[following] - key_mean[pair]
-    norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (pairs, N)
-    changes_of_anchor = (num_frames - 1 - i).clamp(max=span - 1) - 1  # B.4's N_i − 1
-    return (norm.mean(1) / changes_of_anchor[pair]).sum() / num_frames
+    lengths = [num_frames - d for d in range(1, min(span + 1, num_frames))]
+    by_offset = key_mean.split(lengths)[: span - 1]  # K̄ of pair (i, i+d) is by_offset[d−1][i]
+    loss = key_mean.new_zeros(())
+    for i in range(num_frames):
+        path = [means[i] for means in by_offset if i < len(means)]  # one (N, D) for each target of anchor i
+        if len(path) > 1:
+            change = torch.stack(path).diff(dim=0)  # (targets−1, N, D)
+            norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)
+            loss = loss + norm.mean()
+    return loss / num_frames
 
 
 def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
@@ -261,25 +301,36 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
 
 # ---- Guided sampler (Algorithm 1) ------------------------------------------------------------------------------------
 
+MEASURE_SIGMA = 0.1  # noise level at which finished clips are read: nearly clean, and not off the model's training data
+
 
 def match_noise(latents, noise, sigma):
     """Clean latents at noise level sigma of flow matching (Algorithm 1's MatchNoise)."""
     return (1 - sigma) * latents + sigma * noise
 
 
-def motion_features(dit, x, sigma, context, config, *, checkpoint=False):
-    """AMF (P, H, W, 2) and window key means (P, N, D) of latents x (1, C, F, h, w) at noise level sigma."""
+def read_attention(dit, x, sigma, context, config, *, checkpoint=False):
+    """Head-averaged Q, K (F, H, W, D) of latents x (1, C, F, h, w) at noise level sigma (App. B.4)."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
     t = torch.full((1,), 1000 * sigma, device=x.device)
     q, k = dit.qk(x, t, context, config.block, checkpoint=checkpoint)
-    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), span=config.span, tile=config.tile,
-                                 window=config.window, tau=config.tau, center=config.center)  # fmt: skip
+    return head_average(q[0], grid), head_average(k[0], grid)
+
+
+def motion_features(dit, x, sigma, context, config, *, checkpoint=False):
+    """AMF (P, H, W, 2) and window key means (P, N, D) of latents x (1, C, F, h, w) at noise level sigma."""
+    Q, K = read_attention(dit, x, sigma, context, config, checkpoint=checkpoint)
+    return attention_motion_flow(Q, K, **config.flow_settings)
 
 
 @torch.no_grad()
-def noised_flow(dit, latents, noise, null, config, sigma=0.1):
-    """AMF (P, H, W, 2) of clean latents, read with the empty prompt at noise level sigma."""
-    return motion_features(dit, match_noise(latents, noise, sigma), sigma, null, config)[0]
+def reference_flow(dit, reference, noise, sigma, null, config):
+    """AMF that a step at noise level sigma is guided by, read with the empty prompt.
+
+    Clean, or at any fixed level, it is the same in every step (Sec. 3.2); "match" follows the step (Algorithm 1).
+    """
+    level = sigma if config.ref_noise == "match" else config.ref_noise
+    return motion_features(dit, match_noise(reference, noise, level), level, null, config)[0]
 
 
 def guided_steps(num_steps, config):
@@ -288,16 +339,17 @@ def guided_steps(num_steps, config):
 
 
 def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
-    """Algorithm 1's Optimization: the new x, and [total, AMF, window] loss of each gradient computed."""
+    """Algorithm 1's Optimization: the new x, and the losses (gradients, 3) of eq. 8: total, AMF, window."""
     losses = []
 
     def objective(x):
         flow, key_mean = motion_features(dit, x, sigma, context, config, checkpoint=checkpoint)
         loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2] // dit.patch_size[0], config=config)
-        losses.append(torch.stack(loss).tolist())
+        losses.append(torch.stack(loss).detach())
         return loss[0]
 
-    return optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr), losses
+    x = optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr)
+    return x, torch.stack(losses)
 
 
 @torch.no_grad()
@@ -309,21 +361,20 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     wan_min.DiT. noise (1, C, F, h, w); sigmas (steps+1,) decreasing to 0; context, negative and null (1, L, text_dim):
     the target, the negative and, needed with a reference, the empty prompt. reference: clean latents like noise, or
     None for plain generation. cfg_scale: the authors' code; the paper names none. checkpoint: see DiT.qk.
-    callback(step, x, losses) follows each step, with guide's losses. Returns clean latents, fp32. Raises
-    FloatingPointError when the latent stops being finite.
+    callback(step, x, losses) follows each step, with guide's losses, of unguided steps None. Returns clean latents,
+    fp32.
     """
-    if reference is not None and (null is None or reference.shape != noise.shape):
-        raise ValueError("a reference must have the shape of the noise and needs null, the empty prompt's embedding")
+    if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
+        raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
     sigmas, x, guided = sigmas.tolist(), noise.float(), 0
     if reference is not None:
         noise, reference, guided = x, reference.float(), guided_steps(len(sigmas) - 1, config)
         x = match_noise(reference, noise, sigmas[0])
     for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
-        losses = []
+        losses = None
         if step < guided:
             if step == 0 or config.ref_noise == "match":
-                level = {"match": sigma, "clean": 0.0}[config.ref_noise]
-                flow_ref = noised_flow(dit, reference, noise, null, config, level)
+                flow_ref = reference_flow(dit, reference, noise, sigma, null, config)
             x, losses = guide(dit, x, sigma, context, flow_ref, config, checkpoint=checkpoint)
         t = torch.full((1,), 1000 * sigma, device=x.device)
         v = dit(x, t, context)
@@ -331,12 +382,27 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
             v_negative = dit(x, t, negative)
             v = v_negative + cfg_scale * (v - v_negative)
         x = x + (next_sigma - sigma) * v
-        if not torch.isfinite(x).all():
-            raise FloatingPointError(f"the latent is not finite after step {step + 1} of {len(sigmas) - 1}")
         if callback:
             callback(step, x, losses)
     return x
 
+
+# ---- The run that uses it --------------------------------------------------------------------------------------------
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+import wan_min
 
 # ---- Video in and out ------------------------------------------------------------------------------------------------
 
@@ -358,7 +424,7 @@ def fit_frame(frame, size):
     return x[0, :, top : top + size[0], left : left + size[1]] / 127.5 - 1
 
 
-def read_video(path, num_frames, size, turn=False):
+def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     """The first 4k+1 ≤ num_frames frames of a video file: fp32 (1, 3, T, H, W) in [-1, 1], and frames per second.
 
     turn: swap the sides of `size` for a portrait video. Raises UserError when the file cannot be read or is too short.
@@ -385,7 +451,7 @@ def read_video(path, num_frames, size, turn=False):
         raise UserError(f"reference {path} cannot be read as a video ({reason})") from None
     if len(frames) < 5:
         raise UserError(f"reference {path} has {len(frames)} frames; at least 5 are needed")
-    return torch.stack(frames[: (len(frames) - 1) // 4 * 4 + 1], dim=1)[None], fps
+    return torch.stack(frames[: (len(frames) - 1) // 4 * 4 + 1], dim=1)[None]
 
 
 def demo_video(num_frames, size):
@@ -430,6 +496,22 @@ def write_video(path, video, fps, comment=""):
 # ---- Seeing and measuring the motion of a result ---------------------------------------------------------------------
 
 
+@torch.no_grad()
+def measured_flow(dit, latents, noise, null, config):
+    """AMF (P, H, W, 2) of finished latents, read with the empty prompt at MEASURE_SIGMA."""
+    return motion_features(dit, match_noise(latents, noise, MEASURE_SIGMA), MEASURE_SIGMA, null, config)[0]
+
+
+@torch.no_grad()
+def attention_entropy(dit, latents, noise, null, config):
+    """Mean entropy of the window's attention, as a share of uniform attention's: scalar in [0, 1].
+
+    Near 1 the attention hardly tells one key from another, and every flow drifts to the middle of its window.
+    """
+    Q, K = read_attention(dit, match_noise(latents, noise, MEASURE_SIGMA), MEASURE_SIGMA, null, config)
+    return search_windows(relative_entropy, Q, K, **config.flow_settings)[0].mean()
+
+
 def flow_agreement(flow_ref, flow_gen, moving=0.5):
     """Cosine similarity and end-point error in tokens of two flows (P, H, W, 2), where the reference moves.
 
@@ -439,183 +521,62 @@ def flow_agreement(flow_ref, flow_gen, moving=0.5):
     return F.cosine_similarity(ref, gen, dim=-1).mean().item(), (ref - gen).norm(dim=-1).mean().item()
 
 
-def flow_color(flow, scale):
-    """Colour wheel: flow (..., 2) -> RGB (..., 3) in [0, 1] of its direction, and its strength (..., 1) in [0, 1].
+def flow_color(flow):
+    """RGB in [0, 1] of a flow's direction, (..., 2) -> (..., 3): right red, down green, left cyan, up violet."""
+    direction = torch.atan2(flow[..., 0], flow[..., 1])
+    thirds = torch.tensor([0, 2, 4], device=flow.device) * (math.pi / 3)  # directions of pure red, green and blue
+    return 0.5 + 0.5 * (direction[..., None] - thirds).cos()
 
-    Right is red, down yellow-green, left cyan, up violet; the strength is the length over `scale`, at most 1.
+
+def caption(text, width, height=24):
+    """A line of white text on black: (3, height, width) in [-1, 1]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (width, height))
+    ImageDraw.Draw(image).text((6, 3), text, font=ImageFont.load_default(14))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+def compare_video(clips, flows, num_frames):
+    """Named clips side by side, and under each its own AMF as colours over the dimmed frames, to one common scale.
+
+    clips: name -> (1, 3, T, h, w) in [-1, 1]; flows: list of their (P, H, W, 2) over num_frames latent frames, of which
+    the first, to the next latent frame, are shown. Clips under 240 rows are shown n times as large. Returns
+    (1, 3, T, 2·n·h + 48, clips·n·w).
     """
-    hue = torch.atan2(flow[..., 0], flow[..., 1]) / (2 * math.pi)
-    thirds = torch.tensor([0.0, 1 / 3, 2 / 3], device=flow.device)
-    distance = ((hue[..., None] - thirds + 0.5) % 1 - 0.5).abs()  # from the hues of red, green and blue
-    return (2 - 6 * distance).clamp(0, 1), (flow.norm(dim=-1, keepdim=True) / scale).clamp(max=1)
-
-
-def compare_video(videos, flows, num_frames):
-    """Clips side by side, and under each its own AMF as colours over the dimmed frames, to one common scale.
-
-    videos: list of (1, 3, T, h, w) in [-1, 1]; flows: list of their (P, H, W, 2) over num_frames latent frames, of
-    which the first, to the next latent frame, are shown. The wheel in the corner is the legend. Clips under 240 rows
-    are shown n times as large. Returns (1, 3, T, 2n·h, clips·n·w).
-    """
-    zoom = math.ceil(240 / videos[0].shape[3])
-    videos = [video.float().cpu().repeat_interleave(zoom, 3).repeat_interleave(zoom, 4) for video in videos]
-    _, _, T, h, w = videos[0].shape
-    last, stride = num_frames - 2, (T - 1) // (num_frames - 1)
-    scale = max(torch.cat([flow[: last + 1].flatten(0, 2) for flow in flows]).norm(dim=-1).quantile(0.99).item(), 0.5)
-    # Latent frame t ends at video frame 4t, or, of the toy, at t.
-    shown = torch.tensor([min((t + stride - 1) // stride, last) for t in range(T)])
-    axis = torch.linspace(-1.2, 1.2, min(h, w) // 4)
-    color, strength = flow_color(torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1), 1)
-    disc = (axis[:, None] ** 2 + axis**2 <= 1)[..., None]
-    wheel = torch.where(disc, color * strength + 1 - strength, 0).permute(2, 0, 1) * 2 - 1
+    flows = [flow[: num_frames - 1].cpu() for flow in flows]  # those of offset 1 come first
+    longest = max(torch.cat(flows).norm(dim=-1).quantile(0.99).item(), 0.5)
     columns = []
-    for video, flow in zip(videos, flows):
-        color, strength = (F.interpolate(x.cpu().permute(0, 3, 1, 2), (h, w), mode="nearest")[shown].transpose(0, 1)
-                           for x in flow_color(flow[: last + 1], scale))  # fmt: skip
-        gray = video[0].mean(0, keepdim=True) * 0.3 - 0.5
-        below = gray + strength * (color * 2 - 1 - gray)
-        below[:, :, : len(axis), -len(axis) :] = wheel[:, None]
-        columns.append(torch.cat([video[0], below], dim=2))
+    for (name, video), flow in zip(clips.items(), flows):
+        _, _, T, h, _ = video.shape
+        zoom, group = math.ceil(240 / h), (T - 1) // (num_frames - 1)
+        video = video[0].float().cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+        colors = torch.cat([flow_color(flow), flow.norm(dim=-1, keepdim=True).clamp(max=longest) / longest], dim=-1)
+        colors = F.interpolate(rearrange(colors, "f h w c -> f c h w"), video.shape[2:], mode="nearest")
+        # Latent frame n ends at video frame n·group.
+        shown = [min((t + group - 1) // group, num_frames - 2) for t in range(T)]
+        *color, strength = rearrange(colors[shown], "t c h w -> c t h w")
+        gray = video.mean(0) * 0.3 - 0.5
+        below = torch.lerp(gray, torch.stack(color) * 2 - 1, strength)
+        texts = name, "motion: red right, green down, cyan left, violet up"
+        above, between = (caption(text, video.shape[3])[:, None].expand(-1, T, -1, -1) for text in texts)
+        columns.append(torch.cat([above, video, between, below], dim=2))
     return torch.cat(columns, dim=3)[None]
-
-
-def peak_memory(device, reset=False):
-    """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
-    if torch.device(device).type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-    except (OSError, TypeError):  # TypeError: a sandbox's /proc may not tell the peak
-        return 0
-
-
-def clock(device):
-    """Seconds, read once the device has done all that was asked of it."""
-    torch.zeros(1, device=device).item()
-    return time.perf_counter()
-
-
-class Meter:
-    """A DiT that counts seconds in velocities, block forwards (but not recomputed ones) and block backwards."""
-
-    def __init__(self, dit):
-        self.dit, self.patch_size, self.qk, self.counts = dit, dit.patch_size, dit.qk, Counter()
-        for block in dit.blocks:
-            block.register_forward_hook(self.count)
-
-    def count(self, block, args, out):
-        if isinstance(out, torch.Tensor):  # not the Q and K of a block that ends there
-            self.counts["forwards"] += 1
-            if out.requires_grad:
-                out.register_hook(lambda gradient: self.counts.update(["backwards"]))
-
-    def __call__(self, x, t, context):
-        start = clock(x.device)
-        velocity = self.dit(x, t, context)
-        self.counts["seconds"] += clock(x.device) - start
-        return velocity
-
-
-ABLATIONS = {
-    "full method": {},
-    "w/o sliding window": {"window": None},
-    "w/o window loss": {"lambda_window": 0.0},
-    "w/o step-skip": {"interval": 1},
-    "w/o window and step-skip": {"window": None, "interval": 1},
-    "argmax centre": {"center": "argmax"},
-    "clean reference": {"ref_noise": "clean"},
-    "matched reference": {"ref_noise": "match"},
-    "no transfer": {"guided_fraction": 0.0},
-}
-
-
-def ablate(dit, noise, sigmas, contexts, reference, config, rounds=2, cases=(), **options):
-    """Table 1 of the paper on this machine: markdown lines of every ablation on the same reference, prompt and seed.
-
-    After a warm-up the rows are run in turn, `rounds` times; each row's times are those of its fastest round.
-    cases: of a world whose motion is known, (noise, contexts, reference, function that tells the error of latents);
-    they add rows for the other blocks and a last column with the mean and the standard deviation of the errors.
-    """
-    blocks = {f"block {n}": {"block": n} for n in range(1, len(dit.blocks) + 1) if n != config.block and cases}
-    ablations = {name: change for name, change in (ABLATIONS | blocks).items()
-                 if not change or replace(config, **change) != config}  # fmt: skip
-    meter, device = Meter(dit), noise.device
-    rows, (context, _, null) = {name: [] for name in ablations}, contexts
-    grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
-
-    def run(noise, sigmas, contexts, reference, config, **more):
-        return sample(meter, noise, sigmas, *contexts[:2], reference=reference, null=contexts[2], config=config,
-                      **more, **options)  # fmt: skip
-
-    def timed(sigmas, config):
-        meter.counts.clear()
-        peak_memory(device, reset=True)
-        start, gradients = clock(device), []
-        latents = run(noise, sigmas, contexts, reference, config,
-                      callback=lambda step, x, losses: gradients.extend(losses))  # fmt: skip
-        total, denoising = clock(device) - start, meter.counts["seconds"]
-        counts = len(gradients), meter.counts["forwards"], meter.counts["backwards"], peak_memory(device) / 2**30
-        return (total, total - denoising, denoising), counts, latents
-
-    timed(sigmas[-2:], replace(config, guided_fraction=1.0, inner_steps=1))
-    for _ in range(rounds):
-        for name, change in ablations.items():
-            rows[name].append(timed(sigmas, replace(config, **change)))
-    yield "| | total s | guidance s | denoising s | guidance ratio | gradients | block forwards | block backwards | " \
-          "peak GiB | L_AMF | flow cosine |" + " motion error, px a frame |" * bool(cases)  # fmt: skip
-    yield "|---" + "|--:" * (11 if cases else 10) + "|"
-    flow_ref, full = noised_flow(dit, reference, noise, null, config), None
-    for name, runs in rows.items():
-        (total, guidance, denoising), counts, latents = min(runs, key=lambda run: run[0])
-        flow, full = noised_flow(dit, latents, noise, null, config), full or guidance
-        loss = amf_loss(flow_ref, flow, num_frames=grid[0], span=config.span, alpha=config.alpha)
-        numbers = "{} | {} | {} | {:.2f}".format(*counts)
-        changed = replace(config, **ablations[name])
-        errors = torch.tensor([error(run(x, sigmas, texts, ref, changed)) for x, texts, ref, error in cases])
-        yield (f"| {name} | {total:.1f} | {guidance:.1f} | {denoising:.1f} | {guidance / full:.2f} | {numbers} | "
-               f"{loss:.4f} | {flow_agreement(flow_ref, flow)[0]:.3f} |"
-               + (f" {errors.mean():.2f} ± {errors.std():.2f} |" if cases else ""))  # fmt: skip
-
-    # Where the guidance's time goes: the method's own part, on Q and K as leaves, and the reference pass.
-    t = torch.full((1,), 500.0, device=device)
-    QK = torch.stack([head_average(x[0], grid) for x in dit.qk(noise, t, null, config.block)])
-
-    def objective(x):
-        flow = attention_motion_flow(*x, span=config.span, tile=config.tile, window=config.window, tau=config.tau,
-                                     center=config.center)  # fmt: skip
-        return motion_losses(flow_ref, *flow, num_frames=grid[0], config=config)[0]
-
-    def fastest(run):
-        return min(timeit.repeat(run, timer=partial(clock, device), repeat=rounds + 1, number=1))
-
-    velocity, features = fastest(lambda: dit(noise, t, context)), fastest(lambda: dit.qk(noise, t, null, config.block))
-    method = fastest(lambda: optimize_latent(QK, objective, steps=1))
-    percent = 100 * rows["full method"][0][1][0] * method / full
-    yield f"\nAMF, losses and optimizer: {method:.2f} s a gradient, {percent:.1f} % of the full method's guidance."
-    share = (config.block - 1) / len(dit.blocks)
-    yield f"Reference pass: {features / velocity:.3f} of a velocity; (block - 1) / layers is {share:.3f}."
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-# The negative prompt that Wan 2.1 ships with: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
-PRESETS = {  # a model's own defaults, where they are not the paper's
-    "tiny": {"canvas": (64, 112), "frames": 33, "block": 3, "window": 3},
-    "small": {"canvas": (320, 480), "frames": 17, "block": 8},
-    "toy": {"canvas": (48, 66), "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 5.0, "strength": 0.97,
-            "negative_prompt": "", "compare": Path("compare.mp4"), "block": 5, "tile": (2, 2), "window": 5, "span": 5,
-            "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 15, "lr": (0.006, 0.005),
-            "ref_noise": "clean"},
-}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRESETS = {  # settings that people compare; what a setting cannot say is in the README
+    # Sec. 4.1 to the letter: from pure noise, features at matched noise.
+    "paper": {"ref_noise": "match", "strength": 1.0},
+    # The authors' example. Its L_AMF is a sum over 1560 tokens, which leaves the window loss 1/1560 of its weight.
+    "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "lambda_window": 1 / 1560, "lr": (0.003, 0.0021),
+                "fps": 15.0},
+    # DiTFlow (arXiv 2412.07776) and its code's guidance_config.yaml: the whole frame, all pairs, every gradient.
+    "ditflow": {"ref_noise": 0.0, "window": None, "span": 20, "alpha": 0.0, "tau": 2.0, "lambda_window": 0.0,
+                "inner_steps": 5, "interval": 1, "lr": (0.002, 0.001)},
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -623,82 +584,81 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind, low, high=math.inf):
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def parse_size(text):
-    size = tuple(map(int, text.lower().split("x"))) if re.fullmatch(r"\d+[xX]\d+", text) else (0, 0)
-    if min(size) < 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HxW with sides of at least 32, such as 480x832")
-    return size
+    if not re.fullmatch(r"\d+[xX]\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW, such as 480x832")
+    return tuple(map(int, text.lower().split("x")))
 
 
 def int_or_none(text):  # argparse shows this name
-    return None if text == "none" else number(int, 1)(text)
+    return None if text == "none" else int(text)
 
 
-def build_parser(presets):
-    parser = Parser(prog="fastvmt.py", description="Give a video of the prompt the motion of a reference video.")
+def level_or_match(text):
+    return text if text == "match" else float(text)
 
-    def add(flag, text, default=None, group=parser, **options):
-        shown = presets.get(flag[2:].replace("-", "_"), default)
-        text = text if shown is None or shown is False else text + " (default: %(default)s)"
-        group.add_argument(flag, help=text, default=shown, **({"action": "store_true"} if shown is False else options))
 
-    add("--ref", "reference video: any file that ffmpeg reads, or 'demo' for a made-up clip")
-    add("--prompt", "what the new video shows")
-    add("--out", "mp4 to write", Path("out.mp4"), type=Path)
-    add("--compare", "also write this mp4: reference and result side by side, the motion of each below", type=Path)
-    add("--model", "checkpoint folder, hub repo id, 1.3B, 14B, or tiny (random weights)", "Wan-AI/Wan2.1-T2V-1.3B")
-    add("--random-weights", "random weights for 1.3B, 14B, small or tiny, to study speed and memory", False)
-    add("--size", "size of the output, HxW (Sec. 4.1: 480x832; here turned for a portrait reference)", type=parse_size)
-    add("--frames", "use at most this many frames, rounded down to 4k+1 (Sec. 4.1)", 81, type=number(int, 5))
-    add("--fps", "frames per second of the output; the reference's if not given", type=number(float, 1, 240))
-    add("--seed", "seed of the initial noise, the same on every device", 0, type=number(int, 0, 2**63 - 1))
-    add("--no-transfer", "generate plainly from the same noise", False)
-    add("--ablate", "no video, but a table of speed and motion with each part of the method left out", False)
-    add("--decode", "instead of sampling, decode the latents that an interrupted run left behind", type=Path)
-    add("--negative-prompt", "what to steer away from; Wan's own if not given", type=str)
-    group = parser.add_argument_group("machine")
+def build_parser():
+    parser = Parser(prog="fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Give a video of the prompt the motion of a reference video.")  # fmt: skip
+    add = parser.add_argument
+    add("--ref", help="reference: a video, a folder of pictures, or 'demo' for a made-up clip")
+    add("--prompt", help="what the new video shows")
+    add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
+    add("--compare", type=Path, help="also write this mp4: reference and result side by side, the motion of each below")
+    add("--plain", action="store_true", help="show plain generation in --compare too, at the cost of its own steps")
+    add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
+    add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
+    add("--preset", choices=PRESETS, help="settings to compare with: the paper's, its release's, DiTFlow's")
+    add("--size", type=parse_size, help="of the output, HxW; if not given the model's own, turned like the reference")
+    add("--frames", type=int, default=81, help="use at most this many frames, rounded down to 4k+1 (Sec. 4.1)")
+    add("--fps", type=float, help="frames per second of reference and output; if not given the model's own")
+    add("--start", type=float, default=0.0, help="seconds into the reference")
+    add("--seed", type=int, default=0, help="of the initial noise, the same on every device")
+    add("--no-transfer", action="store_true", help="generate plainly, from pure noise")
+    add("--decode", type=Path, help="instead of sampling, decode the latents that an interrupted run left behind")
+    add("--negative-prompt", default="", help="what to steer away from; if not given the model's own")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add("--device", "torch device", device, group)
-    add("--dtype", "of the DiT's matmuls; bf16 on a GPU and fp32 on CPU if not given", None, group, choices=DTYPES)
-    add("--checkpoint", "recompute DiT blocks in the backward pass to save memory; auto: when their activations would "
-        "take over 80 %% of the memory that is free", "auto", group, choices=["auto", "on", "off"])  # fmt: skip
-    add("--offload", "keep the weights of blocks in host memory and stream them to the device", False, group)
-    add("--compile", "compile the DiT's blocks with torch.compile", False, group)
-    group = parser.add_argument_group("sampler")
-    add("--steps", "denoising steps (Sec. 4.1)", 50, group, type=number(int, 1))
-    add("--shift", "timestep shift (authors' code; the paper names none)", 7.0, group, type=number(float, 1e-3))
-    add("--cfg-scale", "classifier-free guidance scale (authors' code)", 5.8, group, type=number(float, 0))
-    text = "noise level of the start, below 1 mixed with the reference (Sec. 4.1: 1; authors' code: 0.75)"
-    add("--strength", text, 1.0, group, type=number(float, 1e-3, 1))
-    group = parser.add_argument_group("method")
-    special = {"window": {"type": int_or_none}, "guided_fraction": {"type": number(float, 0, 1)},
-               "center": {"choices": ["soft", "argmax"]}, "ref_noise": {"choices": ["match", "clean"]}}  # fmt: skip
+    add("--device", default=device, help="torch device")
+    add("--dtype", choices=DTYPES, help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
+    add("--checkpoint", choices=["auto", "on", "off"], default="auto",
+        help="recompute DiT blocks in the backward pass, to save memory; auto: once it has run out")  # fmt: skip
+    add("--offload", action="store_true", help="keep the blocks' weights in host memory and stream them to the device")
+    add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
+    add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
+    add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
+    add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
+    add("--strength", type=float, default=1.0, help="noise level of the start (Sec. 4.1: 1); less starts from the "
+        "noised reference (authors' code: 0.75)")  # fmt: skip
+    types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
-        example = f.default[0] if isinstance(f.default, tuple) else f.default
-        options = special.get(f.name) or {"type": number(type(example), int(isinstance(example, int)))}
-        options |= {"nargs": 2} if isinstance(f.default, tuple) else {}
-        text = f.metadata["help"].replace("None", "'none'")
-        add("--" + f.name.replace("_", "-"), text, f.default, group, **options)
+        example, nargs = (f.default[0], 2) if isinstance(f.default, tuple) else (f.default, None)
+        options = {"action": "store_true"} if example is False else {
+            "type": types.get(f.name, type(example)), "nargs": nargs, "default": f.default}  # fmt: skip
+        add("--" + f.name.replace("_", "-"), help=f.metadata["help"], **options)
     return parser
 
 
-def parse_arguments(argv):
-    """Two passes, because a model may bring defaults of its own."""
-    parser = Parser(add_help=False)
-    parser.add_argument("--model")
-    known, _ = parser.parse_known_args(argv)
-    return build_parser(PRESETS.get(known.model, {})).parse_args(argv)
+def open_model(args):
+    """The wan_min.Model that the flags name; nothing else knows a model by name."""
+    source = wan_min
+    if args.model == "toy":
+        from lab import toy as source
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
+    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    return source.open_model(args.model, device, dtype, offload=args.offload, random_weights=args.random_weights)
+
+
+def parse_arguments(argv, parser=None):
+    """The flags, and the model they name. It and a preset have defaults of their own, which any flag overrides."""
+    parser = parser or build_parser()
+    args = parser.parse_args(argv)  # what is wrong is told before a model is looked for
+    model = open_model(args)
+    parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
+    return parser.parse_args(argv), model
 
 
 def motion_config(args):
@@ -706,20 +666,10 @@ def motion_config(args):
     return MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def free_memory(device):
-    """Bytes that are free on the device; of a CPU, half of what it has."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def check_output(path, others=()):
+def check_output(path, *others):
     """UserError unless an mp4 can be written at path without harm to the run's other files."""
     taken = os.path.realpath(path) in [os.path.realpath(other) for other in others if other]
-    if path.suffix != ".mp4" or os.path.isdir(path) or taken:
+    if path.suffix.lower() != ".mp4" or os.path.isdir(path) or taken:
         raise UserError(f"output {path} must be a file name that ends in .mp4, and not the reference or another output")
     try:
         partial_path(path).touch()
@@ -728,83 +678,44 @@ def check_output(path, others=()):
         raise UserError(f"output {path} cannot be written ({error.strerror})") from None
 
 
-def read_reference(args):
-    """The reference as (1, 3, T, H, W) in [-1, 1] and its frame rate, at the size and length asked for."""
-    size, frames, toy = PRESETS.get(args.model, {}).get("canvas", (480, 832)), (args.frames - 1) // 4 * 4 + 1, None
-    if args.model == "toy":
-        toy = load_toy()
-        if args.size or frames > toy.FRAMES:
-            raise UserError(f"the toy makes at most {toy.FRAMES} frames, all of {size[0]}x{size[1]} (leave out --size)")
-    elif args.size:
+def check_arguments(args, model, config):
+    """UserError for what can be told to be wrong before anything is read or loaded."""
+    if args.ref is None or not (args.prompt or "").strip():
+        raise UserError("--ref or --prompt is missing, or the prompt is empty")
+    if args.compile and args.offload:
+        raise UserError("--compile and --offload exclude each other")
+    if config.block > model.blocks:
+        raise UserError(f"--block {config.block} is outside the model's 1 to {model.blocks}")
+    limits = {"frames": (5, math.inf), "fps": (1, 240), "start": (0, math.inf), "seed": (0, 2**63 - 1),
+              "steps": (1, math.inf), "shift": (0.001, math.inf), "strength": (0.001, 1)}  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value} is not between {low} and {high}")
+    if args.size and min(args.size) < 32:
+        raise UserError("--size needs sides of at least 32")
+    check_output(args.out, args.ref, args.compare)
+    if args.compare:
+        check_output(args.compare, args.ref, args.out)
+
+
+def read_reference(args, model):
+    """The reference as (1, 3, T, H, W) in [-1, 1], at the size, length and rate asked for, or else the model's own."""
+    size, frames = args.size or model.canvases[0], (args.frames - 1) // 4 * 4 + 1
+    if args.size:
         size = tuple(round(side / 16) * 16 for side in args.size)
     if (size, frames) != (args.size or size, args.frames):
         print(f"rounded to {size[0]}x{size[1]} and {frames} frames (multiples of 16, 4k+1)")
     if args.ref == "demo":
-        return (toy.demo_video()[:, :, :frames], 8.0) if toy else (demo_video(frames, size), 16.0)
-    return read_video(args.ref, frames, size, turn=not args.size and not toy)
-
-
-def load_toy():
-    try:
-        from lab import toy
-    except ImportError:
-        raise UserError("--model toy needs the folder lab/ beside fastvmt.py") from None
-    return toy
-
-
-def load_codec(model, device):
-    """What has the VAE's encode and decode: the VAE, or the toy's stand-in."""
-    return load_toy() if model == "toy" else model.load_codec()
-
-
-def load_dit(model, device, dtype, progress=iter):
-    if model == "toy":
-        return wan_min.cast(load_toy().load(), dtype).to(device)
-    return model.load_dit(progress)
-
-
-def find_model(args):
-    if args.model == "toy" and not args.random_weights:
-        return "toy"
-    dtype = DTYPES[args.dtype or ("fp32" if torch.device(args.device).type == "cpu" else "bf16")]
-    return wan_min.open_model(args.model, args.device, dtype, offload=args.offload, random_weights=args.random_weights)
-
-
-@contextmanager
-def phase(name, seconds):
-    """Announce and time a part of the run; gives tqdm, whose bar goes when done and is not drawn into a log file."""
-    from tqdm import tqdm
-
-    print(f"{name} ...", flush=True)
-    start = time.perf_counter()
-    yield partial(tqdm, desc=name.split(",")[0], leave=False, disable=None)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[name] = time.perf_counter() - start
-
-
-def prompt_contexts(args, model, device, seconds):
-    """Contexts (1, L, text_dim) of the prompt, of the negative prompt and of the empty one."""
-    prompts = [args.prompt, NEGATIVE_PROMPT if args.negative_prompt is None else args.negative_prompt, ""]
-    if model == "toy":
-        toy = load_toy()
-        known, unknown = toy.known_words(args.prompt)
-        vocabulary = f"the toy does not know {', '.join(unknown)}; it knows {', '.join(toy.WORDS)}"
-        if not known:
-            raise UserError(vocabulary)
-        if unknown:
-            print(vocabulary)
-        contexts = toy.encode_prompts(prompts).to(device)
-    else:
-        with phase("encoding the prompts", seconds):
-            contexts = model.encode_prompts(prompts)
-    return contexts.split(1)
+        return (model.demo or demo_video)(frames, size)
+    turn = not args.size and size[::-1] in model.canvases
+    return read_video(args.ref, frames, size, fps=args.fps or model.fps, start=args.start, turn=turn)
 
 
 def provenance(args, config):
     """What made a video, as JSON for its metadata; the paper's ethics statement promises such a marking."""
-    local = {"out", "compare", "decode"} | vars(config).keys()
-    settings = {name: value for name, value in vars(args).items() if name not in local}
+    settings = {name: value for name, value in vars(args).items() if name not in {"out", "compare", *vars(config)}}
+    settings |= {name: os.path.basename(settings[name]) for name in ("ref", "model") if os.path.exists(settings[name])}
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     record = {"ai_generated": True, "program": "FastVMT motion transfer (fastvmt.py)", "settings": settings,
               "method": asdict(config), "versions": versions}  # fmt: skip
@@ -823,129 +734,119 @@ def latents_kept(path, out):
     path.unlink()
 
 
-def run_decode(args):
+def decode_latents(args):
     """Finish a run whose latents were kept: `--decode LATENTS --out OUT`."""
     from safetensors import SafetensorError, safe_open
 
     check_output(args.out)
     try:
         with safe_open(args.decode, "pt") as file:
-            latents, metadata = file.get_tensor("latents"), file.metadata()
-        saved, fps = argparse.Namespace(**json.loads(metadata["record"])["settings"]), float(metadata["fps"])
+            latents, saved = file.get_tensor("latents"), file.metadata()
+        model, fps, record = json.loads(saved["model"]), float(saved["fps"]), saved["record"]
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"latents {args.decode} cannot be read ({error})") from None
-    saved.device, saved.offload = args.device, False
-    vae = load_codec(find_model(saved), args.device)
-    with latents_kept(args.decode, args.out), phase("decoding", {}) as progress:
-        write_video(args.out, vae.decode(latents.to(args.device), progress=progress), fps, metadata["record"])
-    print(f"wrote {args.out}")
+    codec = open_model(argparse.Namespace(**vars(args) | model)).load_codec()
+    with latents_kept(args.decode, args.out):
+        write_video(args.out, codec.decode(latents.to(args.device)), fps, record)
+
+
+def generate(args, config, dit, noise, contexts, reference):
+    """Latents that are guided by the reference or, without one, plainly made from pure noise; shows its progress."""
+    from tqdm import tqdm
+
+    context, negative, null = contexts
+    guided = guided_steps(args.steps, config) if reference is not None else 0
+    sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength if reference is not None else 1.0)
+    if guided:
+        print(f"guiding steps 1 to {guided} of {args.steps}, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}", flush=True)
+
+    def callback(step, x, losses):
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(f"the latent is not finite after step {step + 1} of {args.steps}")
+        bar.update(step + 1 - bar.n)
+        if losses is not None:
+            bar.set_postfix_str("loss {:.4g} (AMF {:.4g}, window {:.4g})".format(*losses[-1].tolist()))
+
+    def run(checkpoint):
+        return sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, reference=reference, null=null,
+                      config=config, checkpoint=checkpoint, callback=callback)  # fmt: skip
+
+    with tqdm(total=args.steps, desc="sampling", mininterval=1) as bar:
+        try:
+            return run(args.offload or args.checkpoint == "on")
+        except RuntimeError as error:
+            if args.checkpoint != "auto" or not wan_min.out_of_memory(error):
+                raise
+        print("out of memory: again with --checkpoint on", flush=True)  # here, where the failed run's tensors are free
+        return run(True)
 
 
 @torch.no_grad()
-def run(args):
+def run(args, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     from safetensors.torch import save_file
+    from tqdm import tqdm
 
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
-    if args.decode:
-        return run_decode(args)
-    if args.ref is None or not (args.prompt or "").strip():
-        raise UserError("--ref or --prompt is missing, or the prompt is empty")
-    if args.compile and args.offload:
-        raise UserError("--compile and --offload exclude each other")
-    for path, others in ((args.out, (args.ref, args.compare)), (args.compare, (args.ref, args.out))):
-        if path and not args.ablate:
-            check_output(path, others)
-    video, fps = read_reference(args)
-    fps, model = args.fps or fps, find_model(args)
     config = motion_config(args)
-    toy = load_toy() if model == "toy" else None
-    layers = toy.ARCHITECTURE["num_layers"] if toy else model.blocks
-    if config.block > layers:
-        raise UserError(f"--block {config.block} is outside the model's 1 to {layers}")
-    if args.random_weights or args.model in ("tiny", "small"):
-        print(f"{args.model} with random weights: the picture is noise by design; only the machinery is real")
+    check_arguments(args, model, config)
+    video, fps, record = read_reference(args, model), args.fps or model.fps, provenance(args, config)
+    progress = partial(tqdm, leave=False, disable=None)  # no bar in a log file
 
-    seconds, host = {}, "cpu" if args.offload else device
-    peak_memory(device, reset=True)
-    contexts = prompt_contexts(args, model, device, seconds)
-    vae = load_codec(model, device)
-    text = f"encoding the reference, {video.shape[2]} frames of {video.shape[3]}x{video.shape[4]} at {fps:g} fps"
-    with phase(text, seconds) as progress:
-        reference = vae.encode(video.to(device), progress=progress)
-    with phase("loading the DiT", seconds) as progress:
-        dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-        dit = load_dit(model, host, dtype, progress)
-        for block in dit.blocks if args.compile else ():
-            block.compile()
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)
-    scarce = wan_min.activation_bytes(dit, noise, config.block) > 0.8 * free_memory(device)
-    checkpoint = args.checkpoint == "on" or args.offload or args.checkpoint == "auto" and scarce
-    options = {"cfg_scale": args.cfg_scale, "checkpoint": checkpoint}
-    if args.ablate:
-        cases = toy.held_out_cases(args.seed, noise.device) if toy else ()
-        for line in ablate(dit, noise, sigmas, contexts, reference, config, cases=cases, **options):
-            print(line, flush=True)
-        return
+    print("encoding the prompts", flush=True)
+    contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
+    print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps), flush=True)
+    codec = model.load_codec()
+    reference = codec.encode(video.to(args.device), progress=progress)
+    print("loading the DiT", flush=True)
+    dit = model.load_dit(progress)
+    for block in dit.blocks if args.compile else ():
+        block.compile()
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
 
-    config = replace(config, guided_fraction=0.0) if args.no_transfer else config
-    losses, guided, plain = [], guided_steps(args.steps, config), []
-
-    def callback(step, x, step_losses):
-        losses.append(step_losses)
-        text = "loss {:.4g} (AMF {:.4g}, window {:.4g})".format(*step_losses[-1]) if step_losses else ""
-        steps.set_postfix_str(text)
-        steps.update()
-        if steps.disable and (step + 1) % max(1, args.steps // 10) == 0:  # in a log file, a line now and then
-            print(f"step {step + 1} of {args.steps} {text}", flush=True)
-
-    text = f"sampling, {args.steps} steps, the first {guided} guided"
-    with phase(text, seconds) as progress, progress(total=args.steps) as steps:
-        latents = sample(dit, noise, sigmas, *contexts[:2], reference=reference, null=contexts[2], config=config,
-                         callback=callback, **options)  # fmt: skip
-    if toy:  # cheap enough to show what the guidance changed
-        with phase("plain generation", seconds):
-            sigmas = wan_min.flow_sigmas(args.steps, args.shift)  # from pure noise, whatever the strength
-            plain = [sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale)]
-    record, kept = provenance(args, config), args.out.with_suffix(".latents.safetensors")
-    save_file({"latents": latents.cpu()}, kept, metadata={"record": record, "fps": str(fps)})
-    with latents_kept(kept, args.out), phase("decoding", seconds) as progress:
-        flows = [noised_flow(dit, x, noise, contexts[2], config) for x in (reference, *plain, latents)]
+    results = {"plain": None} if args.plain else {}
+    results["result"] = None if args.no_transfer else reference
+    results = {name: generate(args, config, dit, noise, contexts, guide) for name, guide in results.items()}
+    kept = args.out.with_suffix(".latents.safetensors")
+    opened = json.dumps({name: vars(args)[name] for name in ("model", "random_weights")})
+    save_file({"latents": results["result"].cpu()}, kept, {"record": record, "fps": str(fps), "model": opened})
+    with latents_kept(kept, args.out):
+        flows = [measured_flow(dit, x, noise, contexts[2], config) for x in (reference, *results.values())]
+        entropy = attention_entropy(dit, reference, noise, contexts[2], config)
         del dit  # the decoder needs the memory
-        result = vae.decode(latents, progress=progress)
-        write_video(args.out, result, fps, record)
-    videos = [video, *map(vae.decode, plain), result]
+        clips = {name: codec.decode(x, progress=progress) for name, x in results.items()}
+        write_video(args.out, clips["result"], fps, record)
+    clips = {"reference": video, **clips}
     if args.compare:
-        write_video(args.compare, compare_video(videos, flows, noise.shape[2]), fps, record)
-    cosine, error = flow_agreement(flows[0], flows[-1])
+        write_video(args.compare, compare_video(clips, flows, noise.shape[2]), fps, record)
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
-    print("seconds: " + ", ".join(f"{name.split(',')[0]} {value:.1f}" for name, value in seconds.items()))
-    print(f"gradients: {sum(map(len, losses))} for {guided * config.inner_steps} inner steps; "
-          f"peak memory: {peak_memory(device) / 2**30:.2f} GiB")  # fmt: skip
+    cosine, error = flow_agreement(flows[0], flows[-1])
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    if toy:
-        moved = [toy.describe_motion(clip[0].cpu()) for clip in videos]
-        print("motion asked for: {}; of plain generation: {}; that arrived: {}".format(*moved))
+    print(f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")
+    for name, clip in clips.items() if model.describe_motion else ():
+        print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
+
+
+def explain(error):
+    """Exit code and message of an error that the user can do something about; raises any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, (UserError, wan_min.ModelError)):
+        return 2, str(error)
+    if isinstance(error, FloatingPointError):
+        return 1, str(error)
+    if isinstance(error, MemoryError) or wan_min.out_of_memory(error):
+        return 1, "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
+    raise error
 
 
 def main(argv=None):
+    """The command line; returns the exit code."""
     try:
-        run(parse_arguments(argv))
+        args = build_parser().parse_args(argv)
+        decode_latents(args) if args.decode else run(*parse_arguments(argv))
         return 0
-    except (UserError, wan_min.ModelError) as error:
-        code, text = 2, str(error)
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted"
-    except FloatingPointError as error:
-        code, text = 1, str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        code, text = 1, "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
+    except BaseException as error:
+        code, text = explain(error)
     print("fastvmt:", " ".join(text.split()), file=sys.stderr)
     return code
 

@@ -145,7 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=50000, help="seed of the first clip")
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
-    args, dit = fastvmt.parse_arguments(["--model", "toy", *rest]), toy.load()
+    args, _ = fastvmt.parse_arguments(["--model", "toy", *rest])
+    dit = toy.load()
     if options.figure:
         figure(dit, args, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
     else:

@@ -7,7 +7,6 @@ Shapes: B clips, F frames, H×W pixels. Positions are (row, column) in pixels, m
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,12 +156,12 @@ def render(scene, generator, part=(slice(None),) * 3):
 # ---- Codec and words -------------------------------------------------------------------------------------------------
 
 
-def encode(video, progress=None):
+def encode(video):
     """Video (B, 3, F, H, W) -> latents (B, 16, F, H/2, W/2): 2×2 pixels become 12 channels, exactly; 4 are empty."""
     return F.pad(rearrange(video, "b c f (h p) (w q) -> b (p q c) f h w", p=2, q=2), (0, 0) * 3 + (0, 4))
 
 
-def decode(latents, progress=None):
+def decode(latents):
     """Inverse of encode; the empty channels are dropped."""
     return rearrange(latents[:, :12], "b (p q c) f h w -> b c f (h p) (w q)", p=2, q=2)
 
@@ -336,23 +335,53 @@ def prepare(video, prompt, seed, device="cpu"):
     return noise, encode_prompts([prompt, "", ""]).to(device).split(1), reference
 
 
-def held_out_cases(seed, device="cpu", count=8):
-    """Clips for fastvmt.ablate: (noise, contexts, reference latents, function from latents to motion error)."""
-    cases = []
-    for n, camera in zip(range(count), ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still") * count):
-        video, scene, prompt = held_out(10000 + seed + n, camera, camera == "still")
-        error = partial(lambda scene, latents: motion_error(decode(latents)[0].cpu(), scene), scene)
-        cases.append((*prepare(video, prompt, seed + n, device), error))
-    return cases
-
-
-def demo_video():
-    """The clip of --ref demo: (1, 3, F, H, W)."""
-    return held_out(0)[0][None]
-
-
 def load():
     """The trained DiT, frozen."""
     dit = Denoiser(**ARCHITECTURE)
     dit.load_state_dict(load_file(Path(__file__).with_name("weights.safetensors")))
     return dit.requires_grad_(False).eval()
+
+
+# ---- The toy as a base model of fastvmt ------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 5.0, "strength": 0.97, "compare": Path("compare.mp4"),
+    "plain": True, "block": 5, "tile": (2, 2), "window": 5, "span": 5, "tau": 3.0, "lambda_window": 0.1,
+    "guided_fraction": 0.5, "inner_steps": 15, "lr": (0.006, 0.005),
+}  # fmt: skip
+
+
+class Codec:
+    """encode and decode of this module, as fastvmt.run calls them; refuses clips that the toy was not trained at."""
+
+    @staticmethod
+    def encode(video, progress=iter):
+        if video.shape[2] > FRAMES or video.shape[3:] != SIZE:
+            raise wan_min.ModelError(f"the toy makes at most {FRAMES} frames of {SIZE[0]}x{SIZE[1]} (leave out --size)")
+        return encode(video)
+
+    @staticmethod
+    def decode(latents, progress=iter):
+        return decode(latents)
+
+
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
+    """The toy as a wan_min.Model. Raises ModelError for what it does not have or know."""
+    if offload or random_weights:
+        raise wan_min.ModelError("the toy has neither --offload nor --random-weights")
+
+    def encode_text(prompts):
+        known, unknown = known_words(prompts[0])
+        vocabulary = f"the toy does not know {', '.join(unknown)}; it knows {', '.join(WORDS)}"
+        if not known:
+            raise wan_min.ModelError(vocabulary)
+        if unknown:
+            print(vocabulary)
+        return encode_prompts(prompts).to(device)
+
+    return wan_min.Model(
+        blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda: Codec,
+        load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE,), max_frames=FRAMES,
+        fps=8.0, defaults=DEFAULTS, demo=lambda num_frames, size: held_out(0)[0][None, :, :num_frames],
+        describe_motion=describe_motion,
+    )  # fmt: skip
