@@ -16,9 +16,10 @@ import os
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,16 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
+
+OUT_OF_MEMORY = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+                 "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
+
+
+def out_of_memory(error):
+    """Whether an exception says that the memory of the host or of a device is used up, of which there are many."""
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
 
 # ---- Schedule --------------------------------------------------------------------------------------------------------
 
@@ -346,21 +357,25 @@ class Resample(nn.Module):
             if temporal:
                 self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
 
+    def resize(self, x):
+        frames = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+
     def forward(self, x, cache):
+        if self.time_conv is None:
+            return self.resize(x)
         first = self.time_conv not in cache
-        if self.time_conv and not self.down:
-            if first:
-                cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
-            else:
-                x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
-        b = x.shape[0]
-        x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=b)
-        if self.time_conv and self.down:
-            if first:
-                cache[self.time_conv] = x
-            else:
-                x = self.time_conv(x, cache)
-        return x
+        if self.down:
+            x = self.resize(x)
+            if not first:
+                return self.time_conv(x, cache)
+            cache[self.time_conv] = x
+            return x
+        if first:
+            cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
+        else:
+            x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
+        return self.resize(x)
 
 
 class Encoder(nn.Module):
@@ -403,23 +418,32 @@ class Decoder(nn.Module):
         return stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, cache)
 
 
-def blend_tiles(size, tile, stride, device=None):
-    """Overlapping tiles of one axis: list of (start, weights (tile,)); the weights of all tiles sum to 1 everywhere.
+def blend_tiles(size, tile, stride, unit, device=None):
+    """Overlapping tiles of one axis: list of (slice, weights); the weights of all tiles sum to 1 everywhere.
 
-    Weights ramp linearly over the overlap (tile − stride); the last tile is shifted to end at the border.
+    size, tile, stride and slice are in latents, the weights in pixels, of which a latent has `unit`. Weights ramp
+    linearly over the overlap (tile − stride); the last tile is shifted to end at the border.
     """
-    if tile >= size:
-        return [(0, torch.ones(size, device=device))]
-    starts = [min(s, size - tile) for s in range(0, size - tile + stride, stride)]
-    position = torch.arange(tile, device=device) + 0.5
-    ramp = max(tile - stride, 1)
-    weights = torch.zeros(len(starts), size, device=device)
-    for i, s in enumerate(starts):
-        left = position / ramp if s > 0 else torch.ones_like(position)
-        right = (tile - position) / ramp if s + tile < size else torch.ones_like(position)
-        weights[i, s : s + tile] = torch.minimum(left, right).clamp(max=1)
+    tile = min(tile, size)
+    starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
+    position, ramp = torch.arange(tile * unit, device=device) + 0.5, max(tile - stride, 1) * unit
+    weights = torch.zeros(len(starts), size * unit, device=device)
+    for row, start in zip(weights, starts):
+        left = position / ramp if start > 0 else torch.ones_like(position)
+        right = (tile * unit - position) / ramp if start + tile < size else torch.ones_like(position)
+        row[start * unit : (start + tile) * unit] = torch.minimum(left, right).clamp(max=1)
     weights /= weights.sum(0)
-    return [(s, weights[i, s : s + tile]) for i, s in enumerate(starts)]
+    return [(slice(s, s + tile), row[s * unit : (s + tile) * unit]) for s, row in zip(starts, weights)]
+
+
+def pixels(part, unit):
+    """A slice of latents as one of pixels, of which a latent has `unit`."""
+    return slice(part.start * unit, part.stop * unit)
+
+
+def frames(n, unit):
+    """Frames of the n-th latent frame: one of the first, then `unit` of each."""
+    return slice(max(0, 1 + unit * (n - 1)), 1 + unit * n)
 
 
 class VAE(nn.Module):
@@ -435,30 +459,29 @@ class VAE(nn.Module):
         mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
         return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
-    def tiled(self, x, out, step, scale, tile, stride, progress):
-        """Add to `out` the blend of `step(chunk, cache)` over spatial tiles, each streamed over time.
+    def tiled(self, step, x, x_units, out, out_units, tile, stride, progress):
+        """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
 
-        tile and stride are in latent units; `scale` = (input, output) pixels per latent unit, one of them 1.
-        `step` sees the first frame alone, then groups as long as one latent frame. progress wraps the list of tiles.
+        units: frames and pixels of a latent, (4, 8) of video and (1, 1) of latents. A chunk is a latent frame; progress
+        wraps the list of all chunks of all tiles.
         """
-        sin, sout = scale
-        group = 4 if sin > 1 else 1
-        sizes = [n // sin * sout for n in x.shape[3:]]
-        tile = tuple(x.shape[3:]) if tile is None else tile
-        axes = [blend_tiles(n, t * sout, s * sout, x.device) for n, t, s in zip(sizes, tile, stride)]
-        for (top, row_weights), (left, col_weights) in progress(list(product(*axes))):
-            weight = row_weights[:, None] * col_weights
-            (h, w), cache, done = weight.shape, {}, 0
-            rows, cols = (slice(a // sout * sin, (a + n) // sout * sin) for a, n in ((top, h), (left, w)))
-            for chunk in x.split([1] + [group] * ((x.shape[2] - 1) // group), dim=2):
-                y = step(chunk[..., rows, cols], cache)
-                out[:, :, done : done + y.shape[2], top : top + h, left : left + w] += y * weight
-                done += y.shape[2]
+        (x_time, x_space), (out_time, out_space) = x_units, out_units
+        count, size = (x.shape[2] - 1) // x_time + 1, [n // x_space for n in x.shape[3:]]
+        rows, cols = (blend_tiles(*axis, out_space, x.device) for axis in zip(size, tile or size, stride))
+        for (row, row_weights), (col, col_weights), n in progress(list(product(rows, cols, range(count)))):
+            if n == 0:
+                cache = {}
+            y = step(x[:, :, frames(n, x_time), pixels(row, x_space), pixels(col, x_space)], cache)
+            there = out[:, :, frames(n, out_time), pixels(row, out_space), pixels(col, out_space)]
+            there += y * row_weights[:, None] * col_weights
         return out
 
     @torch.no_grad()
     def encode(self, video, tile=(30, 52), stride=(15, 26), progress=iter):
-        """video (B, 3, T, 8h, 8w) in [-1, 1], T = 4k+1 -> normalised mean latents (B, 16, (T-1)//4+1, h, w)."""
+        """video (B, 3, T, 8h, 8w) in [-1, 1], T = 4k+1 -> normalised mean latents (B, 16, (T-1)//4+1, h, w).
+
+        tile and stride are in latents; tile=None takes the frame whole.
+        """
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
@@ -468,11 +491,11 @@ class VAE(nn.Module):
         def step(x, cache):
             return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
 
-        return self.tiled(video, out, step, (8, 1), tile, stride, progress)
+        return self.tiled(step, video, (4, 8), out, (1, 1), tile, stride, progress)
 
     @torch.no_grad()
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
-        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile=None decodes untiled."""
+        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
         b, _, f, h, w = latents.shape
         mean, std = self.statistics(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
@@ -480,7 +503,21 @@ class VAE(nn.Module):
         def step(x, cache):
             return self.decoder(self.conv2(x * std + mean, cache), cache)
 
-        return self.tiled(latents, out, step, (1, 8), tile, stride, progress).clamp_(-1, 1)
+        return self.tiled(step, latents, (1, 1), out, (4, 8), tile, stride, progress).clamp_(-1, 1)
+
+
+def whole_where_it_fits(convert):
+    """VAE.encode or decode, of the whole frame and, where memory does not suffice for that, of tiles."""
+
+    def run(x, progress=iter):
+        try:
+            return convert(x, tile=None, progress=progress)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
+
+    return run
 
 
 # ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
@@ -578,12 +615,12 @@ class Model(NamedTuple):
     describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
 
 
-def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False, vae_tiles=False):
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
     Cheap: the headers of a folder's files are read and checked; of a hub repo only config.json is fetched, the rest
     when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
-    host memory. Raises ModelError.
+    host memory; vae_tiles never converts whole frames, even where they fit. Raises ModelError.
     """
     if random_weights or name in ("tiny", "small"):
         if name not in ARCHITECTURES:
@@ -604,13 +641,19 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         def load_part(cls, device, progress=iter):
             return load(cls, fetch(), device, dtype, progress)
 
+    def load_codec():
+        vae = load_part(VAE, device)
+        if vae_tiles:
+            return vae
+        return SimpleNamespace(encode=whole_where_it_fits(vae.encode), decode=whole_where_it_fits(vae.decode))
+
     def load_dit(progress=iter):
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
     canvases, defaults = CANVASES.get(name, ((480, 832), (832, 480))), DEFAULTS.get(name, {})
     return Model(blocks=arguments.get("num_layers", 30), encode_prompts=encode, load_dit=load_dit,
-                 load_codec=partial(load_part, VAE, device), canvases=canvases, max_frames=81, fps=16.0,
+                 load_codec=load_codec, canvases=canvases, max_frames=81, fps=16.0,
                  defaults=defaults)  # fmt: skip
 
 
@@ -668,7 +711,7 @@ def find_checkpoint(name):
                 "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
             ) from None
 
-    @cache
+    @lru_cache
     def fetch():
         files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
         folder = hub(snapshot_download, allow_patterns=files)
