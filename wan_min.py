@@ -15,17 +15,29 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
+
+OUT_OF_MEMORY = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+                 "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
+
+
+def out_of_memory(error):
+    """Whether an exception says that the memory of the host or of a device is used up, of which there are many."""
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
 
 # ---- Schedule --------------------------------------------------------------------------------------------------------
 
@@ -50,27 +62,25 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rope_table(grid, head_dim, device=None):
-    """Cosine and sine of the rotary angles of a token grid (F, H, W): (2, S, 1, D/2) fp32.
+def rope_table(grid, head_dim, device):
+    """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64.
 
-    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with θ = 10000.
+    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with base 10000.
     """
-    side = 2 * (head_dim // 6)
-    tables = []
-    for axis, (length, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
-        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * freqs  # (length, dim/2)
-        table = torch.stack([angles.cos(), angles.sin()]).to(device, torch.float32)
-        pattern = ("two f c -> two f 1 1 c", "two h c -> two 1 h 1 c", "two w c -> two 1 1 w c")[axis]
-        tables.append(rearrange(table, pattern).expand(2, *grid, -1))
-    return rearrange(torch.cat(tables, dim=-1), "two f h w c -> two (f h w) 1 c")
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+    side, angles = 2 * (head_dim // 6), []
+    positions = torch.cartesian_prod(*(torch.arange(length, dtype=dtype, device=device) for length in grid))  # (S, 3)
+    for position, dim in zip(positions.unbind(1), (head_dim - 2 * side, side, side)):
+        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+        angles.append(position[:, None] * freqs)  # (S, dim/2)
+    angles = torch.cat(angles, dim=1)
+    return torch.complex(angles.cos().float(), angles.sin().float())[:, None]
 
 
 def apply_rope(x, table):
     """Rotate the interleaved channel pairs of x (B, S, N, D) in fp32; returns x's dtype."""
-    cos, sin = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # one pass over memory, real numbers take eight
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -148,6 +158,12 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale, self.eps))
 
 
+def keep_self_attention(_, op, *args, **kwargs):
+    """Policy of recomputation: only the output of self-attention, most of a block's arithmetic, is stored."""
+    attention = "scaled_dot_product" in op.name() and args[0].shape == args[1].shape  # q and k, alike in length
+    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class DiT(nn.Module):
     """Wan 2.1 diffusion transformer; arguments named as in the checkpoint's config.json, defaults the 1.3B's.
 
@@ -175,7 +191,8 @@ class DiT(nn.Module):
         time = self.time_embedding(timestep_embedding(t, self.freq_dim))
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B, 6, dim)
         context = self.text_embedding(context.to(dtype))  # (B, L, dim)
-        return patches.float().flatten(2).transpose(1, 2), time, (modulation, context, rope)
+        tokens = rearrange(patches.float(), "b c f h w -> b (f h w) c").contiguous()  # else every block copies first
+        return tokens, time, (modulation, context, rope)
 
     def forward(self, x, t, context):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
@@ -194,70 +211,59 @@ class DiT(nn.Module):
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
-        Arguments as in `forward`; `checkpoint` recomputes each block in the backward pass instead of storing its
-        activations. Raises ValueError for a block that the model has not.
+        Arguments as in `forward`; `checkpoint` recomputes each block in the backward pass and stores its input and
+        self-attention's output alone. Raises ValueError for a block outside the model.
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-        out, _, shared = self.embed(x, t, context)
-        for n, layer in enumerate(self.blocks[:block], 1):
-            run = partial(recompute, layer, use_reentrant=False, preserve_rng_state=False) if checkpoint else layer
-            out = run(out, *shared, n == block)  # tokens, of the last block its Q and K
-        return out
 
+        def run(layer, *args):
+            if not checkpoint:
+                return layer(*args)
+            contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
+            return recompute(layer, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-def activation_bytes(dit, x, block):
-    """Estimate of what the backward pass of `dit.qk(x, ..., block)` keeps without checkpointing, counted on a block."""
-    attention, ffn = dit.blocks[0].self_attn.q.weight, dit.blocks[0].ffn[0].weight
-    tokens, size = x[0, 0].numel() // math.prod(dit.patch_size), attention.element_size()
-    # Of each token 6.5 fp32 arrays and 6 in the matmuls' dtype, as wide as the model, and GELU's input.
-    return (block - 1) * tokens * ((26 + 6 * size) * attention.shape[0] + size * ffn.shape[0])
+        tokens, _, shared = self.embed(x, t, context)
+        *before, last = self.blocks[:block]
+        for layer in before:
+            tokens = run(layer, tokens, *shared)
+        return run(last, tokens, *shared, True)
 
 
 def offload_blocks(module, device):
-    """Leave the weights of module.blocks in host memory and stream each block's to the device as it runs.
+    """Leave the weights of module.blocks in host memory and copy each block's to the device as it runs.
 
-    The copy of the next block, or in a backward pass of the one before, overlaps the running one; at most two blocks'
-    weights are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
+    A thread copies those of the next block, in a backward pass of the one before, while one runs: two blocks' weights
+    at most are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
     Returns the module, its other parts on the device.
     """
-    device, host = torch.device(device), []
-    cuda = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    thread, host, copies, last, weights = ThreadPoolExecutor(1), [], {}, 0, None
     for block in module.blocks:
-        host.append({name: p.pin_memory() if cuda else p for name, p in block.state_dict().items()})
+        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
         block.to("meta")  # else host memory would hold the weights twice
     shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed
-    stream, copies, last = torch.cuda.Stream(device) if cuda else None, {}, 0
 
     def fetch(n):
-        with torch.cuda.stream(stream) if cuda else nullcontext():
-            copies[n] = {name: p.to(device, non_blocking=True, copy=True) for name, p in host[n].items()}
+        with torch.cuda.stream(stream):
+            return {name: p.to(device, copy=True) for name, p in host[n].items()}
 
     def run(n, *args, **kwargs):
-        nonlocal last
+        nonlocal last, weights
+        if stream:
+            torch.cuda.current_stream(device).synchronize()  # so that the block before needs its weights no more
         if n not in copies:
             copies.clear()
-            fetch(n)
-        weights = copies.pop(n)
-        if cuda:
-            compute = torch.cuda.current_stream(device)
-            before = compute.record_event()
-            compute.wait_stream(stream)
-            for p in weights.values():
-                p.record_stream(compute)
-        try:
-            return torch.func.functional_call(shell, weights, args, kwargs)
-        finally:  # recomputation in a backward pass leaves by an exception once it has what it needs
-            following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
-            if cuda:
-                before.synchronize()  # the block before has finished, so that its weights are free
-            fetch(following)
+            copies[n] = thread.submit(fetch, n)
+        weights = copies.pop(n).result()
+        following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
+        copies[following] = thread.submit(fetch, following)
+        return torch.func.functional_call(shell, weights, args, kwargs)
 
     for n, block in enumerate(module.blocks):
         block.forward = partial(run, n)
-    for child in module.children():
-        if child is not module.blocks:
-            child.to(device)
+    for child in set(module.children()) - {module.blocks}:
+        child.to(device)
     return module
 
 
@@ -351,21 +357,25 @@ class Resample(nn.Module):
             if temporal:
                 self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
 
+    def resize(self, x):
+        frames = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+
     def forward(self, x, cache):
+        if self.time_conv is None:
+            return self.resize(x)
         first = self.time_conv not in cache
-        if self.time_conv and not self.down:
-            if first:
-                cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
-            else:
-                x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
-        b = x.shape[0]
-        x = rearrange(self.resample(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=b)
-        if self.time_conv and self.down:
-            if first:
-                cache[self.time_conv] = x
-            else:
-                x = self.time_conv(x, cache)
-        return x
+        if self.down:
+            x = self.resize(x)
+            if not first:
+                return self.time_conv(x, cache)
+            cache[self.time_conv] = x
+            return x
+        if first:
+            cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
+        else:
+            x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
+        return self.resize(x)
 
 
 class Encoder(nn.Module):
@@ -408,23 +418,32 @@ class Decoder(nn.Module):
         return stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, cache)
 
 
-def blend_tiles(size, tile, stride, device=None):
-    """Overlapping tiles of one axis: list of (start, weights (tile,)); the weights of all tiles sum to 1 everywhere.
+def blend_tiles(size, tile, stride, unit, device=None):
+    """Overlapping tiles of one axis: list of (slice, weights); the weights of all tiles sum to 1 everywhere.
 
-    Weights ramp linearly over the overlap (tile − stride); the last tile is shifted to end at the border.
+    size, tile, stride and slice are in latents, the weights in pixels, of which a latent has `unit`. Weights ramp
+    linearly over the overlap (tile − stride); the last tile is shifted to end at the border.
     """
-    if tile >= size:
-        return [(0, torch.ones(size, device=device))]
-    starts = [min(s, size - tile) for s in range(0, size - tile + stride, stride)]
-    position = torch.arange(tile, device=device) + 0.5
-    ramp = max(tile - stride, 1)
-    weights = torch.zeros(len(starts), size, device=device)
-    for i, s in enumerate(starts):
-        left = position / ramp if s > 0 else torch.ones_like(position)
-        right = (tile - position) / ramp if s + tile < size else torch.ones_like(position)
-        weights[i, s : s + tile] = torch.minimum(left, right).clamp(max=1)
+    tile = min(tile, size)
+    starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
+    position, ramp = torch.arange(tile * unit, device=device) + 0.5, max(tile - stride, 1) * unit
+    weights = torch.zeros(len(starts), size * unit, device=device)
+    for row, start in zip(weights, starts):
+        left = position / ramp if start > 0 else torch.ones_like(position)
+        right = (tile * unit - position) / ramp if start + tile < size else torch.ones_like(position)
+        row[start * unit : (start + tile) * unit] = torch.minimum(left, right).clamp(max=1)
     weights /= weights.sum(0)
-    return [(s, weights[i, s : s + tile]) for i, s in enumerate(starts)]
+    return [(slice(s, s + tile), row[s * unit : (s + tile) * unit]) for s, row in zip(starts, weights)]
+
+
+def pixels(part, unit):
+    """A slice of latents as one of pixels, of which a latent has `unit`."""
+    return slice(part.start * unit, part.stop * unit)
+
+
+def frames(n, unit):
+    """Frames of the n-th latent frame: one of the first, then `unit` of each."""
+    return slice(max(0, 1 + unit * (n - 1)), 1 + unit * n)
 
 
 class VAE(nn.Module):
@@ -440,30 +459,29 @@ class VAE(nn.Module):
         mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
         return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
-    def tiled(self, x, out, step, scale, tile, stride, progress):
-        """Add to `out` the blend of `step(chunk, cache)` over spatial tiles, each streamed over time.
+    def tiled(self, step, x, x_units, out, out_units, tile, stride, progress):
+        """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
 
-        tile and stride are in latent units; `scale` = (input, output) pixels per latent unit, one of them 1.
-        `step` sees the first frame alone, then groups as long as one latent frame. progress wraps the list of tiles.
+        units: frames and pixels of a latent, (4, 8) of video and (1, 1) of latents. A chunk is a latent frame; progress
+        wraps the list of all chunks of all tiles.
         """
-        sin, sout = scale
-        group = 4 if sin > 1 else 1
-        sizes = [n // sin * sout for n in x.shape[3:]]
-        tile = tuple(x.shape[3:]) if tile is None else tile
-        axes = [blend_tiles(n, t * sout, s * sout, x.device) for n, t, s in zip(sizes, tile, stride)]
-        for (top, row_weights), (left, col_weights) in progress(list(product(*axes))):
-            weight = row_weights[:, None] * col_weights
-            (h, w), cache, done = weight.shape, {}, 0
-            rows, cols = (slice(a // sout * sin, (a + n) // sout * sin) for a, n in ((top, h), (left, w)))
-            for chunk in x.split([1] + [group] * ((x.shape[2] - 1) // group), dim=2):
-                y = step(chunk[..., rows, cols], cache)
-                out[:, :, done : done + y.shape[2], top : top + h, left : left + w] += y * weight
-                done += y.shape[2]
+        (x_time, x_space), (out_time, out_space) = x_units, out_units
+        count, size = (x.shape[2] - 1) // x_time + 1, [n // x_space for n in x.shape[3:]]
+        rows, cols = (blend_tiles(*axis, out_space, x.device) for axis in zip(size, tile or size, stride))
+        for (row, row_weights), (col, col_weights), n in progress(list(product(rows, cols, range(count)))):
+            if n == 0:
+                cache = {}
+            y = step(x[:, :, frames(n, x_time), pixels(row, x_space), pixels(col, x_space)], cache)
+            there = out[:, :, frames(n, out_time), pixels(row, out_space), pixels(col, out_space)]
+            there += y * row_weights[:, None] * col_weights
         return out
 
     @torch.no_grad()
     def encode(self, video, tile=(30, 52), stride=(15, 26), progress=iter):
-        """video (B, 3, T, 8h, 8w) in [-1, 1], T = 4k+1 -> normalised mean latents (B, 16, (T-1)//4+1, h, w)."""
+        """video (B, 3, T, 8h, 8w) in [-1, 1], T = 4k+1 -> normalised mean latents (B, 16, (T-1)//4+1, h, w).
+
+        tile and stride are in latents; tile=None takes the frame whole.
+        """
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
@@ -473,11 +491,11 @@ class VAE(nn.Module):
         def step(x, cache):
             return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
 
-        return self.tiled(video, out, step, (8, 1), tile, stride, progress)
+        return self.tiled(step, video, (4, 8), out, (1, 1), tile, stride, progress)
 
     @torch.no_grad()
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
-        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile=None decodes untiled."""
+        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
         b, _, f, h, w = latents.shape
         mean, std = self.statistics(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
@@ -485,7 +503,21 @@ class VAE(nn.Module):
         def step(x, cache):
             return self.decoder(self.conv2(x * std + mean, cache), cache)
 
-        return self.tiled(latents, out, step, (1, 8), tile, stride, progress).clamp_(-1, 1)
+        return self.tiled(step, latents, (1, 1), out, (4, 8), tile, stride, progress).clamp_(-1, 1)
+
+
+def whole_where_it_fits(convert):
+    """VAE.encode or decode, of the whole frame and, where memory does not suffice for that, of tiles."""
+
+    def run(x, progress=iter):
+        try:
+            return convert(x, tile=None, progress=progress)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
+
+    return run
 
 
 # ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
@@ -583,12 +615,12 @@ class Model(NamedTuple):
     describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
 
 
-def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False, vae_tiles=False):
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
     Cheap: the headers of a folder's files are read and checked; of a hub repo only config.json is fetched, the rest
     when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
-    host memory. Raises ModelError.
+    host memory; vae_tiles never converts whole frames, even where they fit. Raises ModelError.
     """
     if random_weights or name in ("tiny", "small"):
         if name not in ARCHITECTURES:
@@ -609,13 +641,19 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         def load_part(cls, device, progress=iter):
             return load(cls, fetch(), device, dtype, progress)
 
+    def load_codec():
+        vae = load_part(VAE, device)
+        if vae_tiles:
+            return vae
+        return SimpleNamespace(encode=whole_where_it_fits(vae.encode), decode=whole_where_it_fits(vae.decode))
+
     def load_dit(progress=iter):
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
     canvases, defaults = CANVASES.get(name, ((480, 832), (832, 480))), DEFAULTS.get(name, {})
     return Model(blocks=arguments.get("num_layers", 30), encode_prompts=encode, load_dit=load_dit,
-                 load_codec=partial(load_part, VAE, device), canvases=canvases, max_frames=81, fps=16.0,
+                 load_codec=load_codec, canvases=canvases, max_frames=81, fps=16.0,
                  defaults=defaults)  # fmt: skip
 
 
@@ -673,7 +711,7 @@ def find_checkpoint(name):
                 "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
             ) from None
 
-    @cache
+    @lru_cache
     def fetch():
         files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
         folder = hub(snapshot_download, allow_patterns=files)
