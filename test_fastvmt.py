@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import fastvmt
 import wan_min
 from fastvmt import MotionConfig
-from lab import effect, toy, train
+from lab import effect, metrics, toy, train
 
 HERE = Path(__file__).parent
 
@@ -1660,3 +1660,109 @@ def test_readme_code_runs():
     assert len(blocks) == 2
     for block in blocks:
         exec(block, {})
+
+
+# ---- The lab ---------------------------------------------------------------------------------------------------------
+
+
+def track_roll(video):
+    """Tracker of clips that are rolled as a whole: the peak of the correlation of each frame with the first."""
+    _, _, T, H, W = video.shape
+    spectrum = torch.fft.fft2(video[0].mean(0))
+    peak = torch.fft.ifft2(spectrum * spectrum[0].conj()).real.flatten(1).argmax(1)
+    shift = torch.stack([(peak // W + H // 2) % H - H // 2, (peak % W + W // 2) % W - W // 2], dim=-1)
+    points = torch.cartesian_prod(torch.arange(0.0, H, 8), torch.arange(0.0, W, 8))
+    return points[:, None] + shift, torch.ones(len(points), T, dtype=torch.bool)
+
+
+def roll_clip(*velocity):
+    return torch.stack([torch.roll(randn(3, 24, 48), [n * v for v in velocity], (1, 2)) for n in range(5)], 1)[None]
+
+
+def test_motion_fidelity_of_known_motion():
+    pan, opposite, across, still, fast = (
+        metrics.visible_tracks(*track_roll(roll_clip(*v))) for v in ((1, 2), (-1, -2), (2, -1), (0, 0), (2, 4))
+    )
+    for other, fidelity, error in ((pan, 1, 0), (opposite, -1, 20**0.5), (across, 0, 10**0.5), (still, 0, 5**0.5),
+                                   (fast, 1, 5**0.5)):  # fmt: skip
+        assert metrics.motion_fidelity(pan, other).item() == pytest.approx(fidelity, abs=1e-6)
+        assert metrics.track_error(pan, other).item() == pytest.approx(error, abs=1e-6)
+    assert metrics.motion_fidelity(still, still) == 1 and metrics.track_error(still, still) == 0
+    jitter = still + 0.001 * randn(*still.shape)  # a tracker's noise is no motion
+    assert metrics.motion_fidelity(still, jitter) == 1
+    assert metrics.motion_fidelity(still[:0], pan).isnan() and metrics.track_error(pan, still[:0]).isnan()
+
+
+def test_motion_fidelity_equals_its_definition():
+    ref, gen = randn(4, 6, 2, seed=1, dtype=torch.float64), randn(3, 6, 2, seed=2, dtype=torch.float64)
+    ref[0, 2] = ref[0, 1]  # one step at rest
+
+    def cosine(a, b):
+        a, b = np.diff(a, axis=0), np.diff(b, axis=0)
+        length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return sum(x @ y / n if n else 0.0 for x, y, n in zip(a, b, length)) / len(a)
+
+    table = np.array([[cosine(a, b) for b in gen.numpy()] for a in ref.numpy()])
+    expected = (np.mean([max(row) for row in table]) + np.mean([max(row) for row in table.T])) / 2
+    assert metrics.motion_fidelity(ref, gen).item() == pytest.approx(expected)
+    assert metrics.motion_fidelity(gen, ref).item() == pytest.approx(expected)
+    steps = np.array([[np.mean([np.hypot(*(np.diff(a, axis=0) - np.diff(b, axis=0))[k]) for k in range(5)])
+                       for b in gen.numpy()] for a in ref.numpy()])  # fmt: skip
+    expected = (np.mean([min(row) for row in steps]) + np.mean([min(row) for row in steps.T])) / 2
+    assert metrics.track_error(ref, gen).item() == pytest.approx(expected)
+
+
+def test_tracks_are_matched_by_their_own_motion():
+    points = torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
+    zoom = points[:, None] * (1 + 0.1 * torch.arange(5.0))[:, None]  # tracks of one direction have many speeds
+    assert metrics.track_error(zoom, zoom) == 0 and metrics.motion_fidelity(zoom, zoom).item() == pytest.approx(1)
+    alone = metrics.motion_fidelity(zoom, zoom[:5])  # all tracks of five count, and five of all
+    assert alone.item() == pytest.approx(metrics.motion_fidelity(zoom[:5], zoom).item()) and 0.6 < alone < 0.99
+    seen = torch.zeros(len(zoom), 5, dtype=torch.bool)
+    seen[:3, :3] = True  # in three frames of five
+    seen[3, :2] = True
+    assert metrics.visible_tracks(zoom, seen).equal(zoom[:3])
+
+
+def test_cotracker_is_handed_pixels_and_hands_out_rows_first(monkeypatch):
+    def model(pixels, grid_size):
+        assert pixels.shape == (1, 5, 3, 24, 48) and pixels.min() == 0 and pixels.max() == 255 and grid_size == 30
+        return torch.tensor([1.0, 2.0]).expand(1, 5, 7, 2), torch.ones(1, 5, 7)
+
+    model.to = lambda device: model
+    monkeypatch.setattr(torch.hub, "load", lambda repo, name, trust_repo: model)
+    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1).clamp(-1, 1))
+    assert tracks.shape == (7, 5, 2) and tracks[0, 0].tolist() == [2, 1]
+    assert visible.shape == (7, 5) and visible.all()
+
+
+def test_clip_metrics():
+    from transformers import BatchEncoding, CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+                        vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
+    model, prompts = CLIPModel(config).eval(), []
+
+    def tokenizer(prompt, **options):
+        prompts.append(prompt)
+        return BatchEncoding({"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)})
+
+    clip = roll_clip(1, 0).sigmoid() * 2 - 1
+    frames, prompt = metrics.clip_features(model, tokenizer, clip, "a word")
+    assert prompts == ["a word"] and frames.shape == (5, 16) and prompt.shape == (1, 16)
+    ids = tokenizer("")
+    pixels = F.interpolate(clip[0].transpose(0, 1), (32, 64), mode="bicubic", antialias=True)[..., 16:48]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        outputs = model(pixel_values=((pixels + 1) / 2 - mean) / std, **ids)  # logits = scale · cosine
+    expected = (outputs.logits_per_image / model.logit_scale.exp()).mean()
+    assert metrics.text_similarity(frames, prompt).item() == pytest.approx(expected.item(), abs=0.003)
+    embeds = outputs.image_embeds
+    expected = (embeds[1:] * embeds[:-1]).sum(-1).mean()
+    assert expected < 0.9999
+    assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
+    still = metrics.clip_features(model, tokenizer, clip[:, :, :1].expand(-1, -1, 3, -1, -1), "")[0]
+    assert metrics.temporal_consistency(still).item() == pytest.approx(1)
