@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import fastvmt
 import wan_min
 from fastvmt import MotionConfig
-from lab import effect, toy, train
+from lab import cost, effect, metrics, table1, toy, train
 
 HERE = Path(__file__).parent
 
@@ -1936,3 +1936,319 @@ def test_readme_code_runs():
     assert len(blocks) == 2
     for block in blocks:
         exec(block, {})
+
+
+# ---- The lab ---------------------------------------------------------------------------------------------------------
+
+
+def track_roll(video):
+    """Tracker of clips that are rolled as a whole: the peak of the correlation of each frame with the first."""
+    _, _, T, H, W = video.shape
+    spectrum = torch.fft.fft2(video[0].mean(0))
+    peak = torch.fft.ifft2(spectrum * spectrum[0].conj()).real.flatten(1).argmax(1)
+    shift = torch.stack([(peak // W + H // 2) % H - H // 2, (peak % W + W // 2) % W - W // 2], dim=-1)
+    points = torch.cartesian_prod(torch.arange(0.0, H, 8), torch.arange(0.0, W, 8))
+    return points[:, None] + shift, torch.ones(len(points), T, dtype=torch.bool)
+
+
+def roll_clip(*velocity):
+    return torch.stack([torch.roll(randn(3, 24, 48), [n * v for v in velocity], (1, 2)) for n in range(5)], 1)[None]
+
+
+def test_motion_fidelity_of_known_motion():
+    pan, opposite, across, still, fast = (
+        metrics.visible_tracks(*track_roll(roll_clip(*v))) for v in ((1, 2), (-1, -2), (2, -1), (0, 0), (2, 4))
+    )
+    for other, fidelity, error in ((pan, 1, 0), (opposite, -1, 20**0.5), (across, 0, 10**0.5), (still, 0, 5**0.5),
+                                   (fast, 1, 5**0.5)):  # fmt: skip
+        assert metrics.motion_fidelity(pan, other).item() == pytest.approx(fidelity, abs=1e-6)
+        assert metrics.track_error(pan, other).item() == pytest.approx(error, abs=1e-6)
+    assert metrics.motion_fidelity(still, still) == 1 and metrics.track_error(still, still) == 0
+    jitter = still + 0.001 * randn(*still.shape)  # a tracker's noise is no motion
+    assert metrics.motion_fidelity(still, jitter) == 1
+    assert metrics.motion_fidelity(still[:0], pan).isnan() and metrics.track_error(pan, still[:0]).isnan()
+
+
+def test_motion_fidelity_equals_its_definition():
+    ref, gen = randn(4, 6, 2, seed=1, dtype=torch.float64), randn(3, 6, 2, seed=2, dtype=torch.float64)
+    ref[0, 2] = ref[0, 1]  # one step at rest
+
+    def cosine(a, b):
+        a, b = np.diff(a, axis=0), np.diff(b, axis=0)
+        length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return sum(x @ y / n if n else 0.0 for x, y, n in zip(a, b, length)) / len(a)
+
+    table = np.array([[cosine(a, b) for b in gen.numpy()] for a in ref.numpy()])
+    expected = (np.mean([max(row) for row in table]) + np.mean([max(row) for row in table.T])) / 2
+    assert metrics.motion_fidelity(ref, gen).item() == pytest.approx(expected)
+    assert metrics.motion_fidelity(gen, ref).item() == pytest.approx(expected)
+    steps = np.array([[np.mean([np.hypot(*(np.diff(a, axis=0) - np.diff(b, axis=0))[k]) for k in range(5)])
+                       for b in gen.numpy()] for a in ref.numpy()])  # fmt: skip
+    expected = (np.mean([min(row) for row in steps]) + np.mean([min(row) for row in steps.T])) / 2
+    assert metrics.track_error(ref, gen).item() == pytest.approx(expected)
+
+
+def test_tracks_are_matched_by_their_own_motion():
+    points = torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
+    zoom = points[:, None] * (1 + 0.1 * torch.arange(5.0))[:, None]  # tracks of one direction have many speeds
+    assert metrics.track_error(zoom, zoom) == 0 and metrics.motion_fidelity(zoom, zoom).item() == pytest.approx(1)
+    alone = metrics.motion_fidelity(zoom, zoom[:5])  # all tracks of five count, and five of all
+    assert alone.item() == pytest.approx(metrics.motion_fidelity(zoom[:5], zoom).item()) and 0.6 < alone < 0.99
+    seen = torch.zeros(len(zoom), 5, dtype=torch.bool)
+    seen[:3, :3] = True  # in three frames of five
+    seen[3, :2] = True
+    assert metrics.visible_tracks(zoom, seen).equal(zoom[:3])
+
+
+def test_cotracker_is_handed_pixels_and_hands_out_rows_first(monkeypatch):
+    def model(pixels, grid_size):
+        assert pixels.shape == (1, 5, 3, 24, 48) and pixels.min() == 0 and pixels.max() == 255 and grid_size == 30
+        return torch.tensor([1.0, 2.0]).expand(1, 5, 7, 2), torch.ones(1, 5, 7)
+
+    model.to = lambda device: model
+    monkeypatch.setattr(torch.hub, "load", lambda repo, name, trust_repo: model)
+    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1).clamp(-1, 1))
+    assert tracks.shape == (7, 5, 2) and tracks[0, 0].tolist() == [2, 1]
+    assert visible.shape == (7, 5) and visible.all()
+
+
+def test_clip_metrics():
+    from transformers import BatchEncoding, CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+                        vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
+    model, prompts = CLIPModel(config).eval(), []
+
+    def tokenizer(prompt, **options):
+        prompts.append(prompt)
+        return BatchEncoding({"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)})
+
+    clip = roll_clip(1, 0).sigmoid() * 2 - 1
+    frames, prompt = metrics.clip_features(model, tokenizer, clip, "a word")
+    assert prompts == ["a word"] and frames.shape == (5, 16) and prompt.shape == (1, 16)
+    ids = tokenizer("")
+    pixels = F.interpolate(clip[0].transpose(0, 1), (32, 64), mode="bicubic", antialias=True)[..., 16:48]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        outputs = model(pixel_values=((pixels + 1) / 2 - mean) / std, **ids)  # logits = scale · cosine
+    expected = (outputs.logits_per_image / model.logit_scale.exp()).mean()
+    assert metrics.text_similarity(frames, prompt).item() == pytest.approx(expected.item(), abs=0.003)
+    embeds = outputs.image_embeds
+    expected = (embeds[1:] * embeds[:-1]).sum(-1).mean()
+    assert expected < 0.9999
+    assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
+    still = metrics.clip_features(model, tokenizer, clip[:, :, :1].expand(-1, -1, 3, -1, -1), "")[0]
+    assert metrics.temporal_consistency(still).item() == pytest.approx(1)
+
+
+TABLE = "--model tiny --ref demo --prompt x --device cpu --frames 9 --size 32x48 --steps 3 --inner-steps 4".split()
+
+
+def run_table(capsys, *args):
+    code = table1.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def read_table(text):
+    """{(header of the table, row): {column: text}}."""
+    cells = {}
+    for part in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line[0] == "|"]
+        cells |= {(lines[0][0], row[0]): dict(zip(lines[0], row)) for row in lines[2:]}
+    return cells
+
+
+def test_table_counts_what_each_row_does(tmp_path, capsys):
+    rows = ["w/o step-skip", "no transfer", "lambda_window=0, tau=2", "block=2", "interval=3"]
+    code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--checkpoint", "on", "--rows", *rows)
+    assert code == 0 and not err, err
+    table = read_table((tmp_path / "table.md").read_text())
+    assert out.endswith((tmp_path / "table.md").read_text())
+    # 3 steps of 2 velocities through 4 blocks, the first guided; block 3 is read, so that 2 are run for it.
+    counts = {"full method": (2, 2, 2), "w/o step-skip": (4, 2, 2), "no transfer": (0, 0, 0),
+              "lambda_window=0, tau=2": (2, 2, 2), "block=2": (2, 1, 1)}  # fmt: skip
+    assert [row for title, row in table if title == "mean"] == list(counts)  # interval=3 is the full method's
+    for name, (gradients, before, backwards) in counts.items():
+        cells = table["mean", name]
+        assert int(cells["gradients"]) == gradients and int(cells["block backwards"]) == gradients * backwards, name
+        assert int(cells["block forwards"]) == 24 + before * (gradients + (gradients > 0)), name
+        seconds = [float(cells[column]) for column in ("total s", "guidance s", "denoising s")]
+        assert seconds[0] == pytest.approx(seconds[1] + seconds[2], rel=0.01) and min(seconds) > 0
+    assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
+    assert float(table["mean", "no transfer"]["guidance s"]) < 0.5 * float(table["mean", "full method"]["guidance s"])
+
+
+def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
+    seen, true = [], fastvmt.sample
+
+    def spy(dit, noise, sigmas, *contexts, **options):
+        seen.append((sigmas, options))
+        return true(dit, noise, sigmas, *contexts, **options)
+
+    monkeypatch.setattr(fastvmt, "sample", spy)
+    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1", "steps=2"]
+    assert run_table(capsys, *TABLE, "--out", tmp_path, "--strength", "0.9", "--rows", *rows)[0] == 0
+    (_, full), (_, first), (plain, none), (start, last), (short, _) = seen[1:]  # after the warm-up
+    assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
+    assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
+    assert last["reference"] is not None and start.equal(wan_min.flow_sigmas(3, 7.0, 0.5)) and last["cfg_scale"] == 1
+    assert len(short) == 3
+    for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
+                      ("tau=x", "tau")):  # fmt: skip
+        code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
+        assert code == 2 and word in err and err.count("\n") == 1, err
+
+
+def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\na dog\n")
+    args = [*TABLE, "--rows", "w/o window loss", "tau=2", "--prompts", prompts, "--out"]
+    true, calls = table1.run_row, []
+
+    def run_row(*a):
+        calls.append(a)
+        latents, columns = true(*a)
+        return latents, columns | dict.fromkeys(["total s", "guidance s", "denoising s", "peak GiB"], 1.0)
+
+    monkeypatch.setattr(table1, "run_row", run_row)
+    whole = run_table(capsys, *args, tmp_path / "whole")[1]
+    assert len(calls) == 1 + 6  # the warm-up, then 2 prompts of 3 rows
+    results = tmp_path / "killed" / "results.jsonl"
+    for torn in (1, 2, 3):  # killed in the middle of writing this line
+        monkeypatch.setattr(table1, "run_row", lambda *a, n=iter(range(10)): [run_row(*a), next(n) < 2 or stop()][0])
+        with pytest.raises(KeyboardInterrupt):
+            run_table(capsys, *args, tmp_path / "killed")
+        lines = results.read_text().splitlines(True)
+        assert len(lines) == torn
+        results.write_text("".join(lines) + lines[-1][:50])
+        assert len(table1.read_results(results)) == torn
+    monkeypatch.setattr(table1, "run_row", run_row)
+    calls.clear()
+    out = run_table(capsys, *args, tmp_path / "killed")[1]
+    assert len(calls) == 1 + 3 and out.endswith((tmp_path / "whole" / "table.md").read_text())
+    assert whole.endswith((tmp_path / "killed" / "table.md").read_text())
+    lines = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").open()] for name in ("whole", "killed")]
+    assert lines[0] == lines[1] and len({tuple(line["key"]) for line in lines[0]}) == 6
+    calls.clear()
+    monkeypatch.setattr(wan_min, "load", None)  # what is on disk needs no model
+    assert run_table(capsys, *args, tmp_path / "killed")[0] == 0 and not calls
+    results.write_text(results.read_text().replace(lines[0][0]["code"], "older"))
+    code, out, _ = run_table(capsys, *args, tmp_path / "killed", "--table-only")
+    assert code == 0 and not calls and "6 results" in out and "another version of the code" in out
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_tables_numbers_by_hand():
+    assert table1.mean_and_error([1.0, 2.0, 4.5]) == "2.5 ± 1.0"  # standard deviation 1.80, over √3
+    assert table1.mean_and_error([0.5, math.nan]) == "0.5" and table1.mean_and_error([math.nan]) == ""
+    assert table1.mean_and_error([3, 3, 3]) == "3" and table1.mean_and_error([0.1234, 0.1236]) == "0.12350 ± 0.00010"
+    args, _ = table1.parse_arguments(TABLE)
+    rows = table1.make_rows([*TABLE, "--rows", "tau=2"], table1.parse_arguments([*TABLE, "--rows", "tau=2"])[0], 4)
+    full, changed = (table1.settings_hash(row, args) for row in rows.values())
+    values = {(full, "a"): 1.0, (full, "b"): 5.0, (changed, "a"): 1.5, (changed, "b"): 6.5, (changed, "c"): 9.0,
+              ("else", "a"): 7.0}  # fmt: skip
+    argv = [*TABLE, "--rows", "blocks"]
+    blocks = {name: row.block for name, row in table1.make_rows(argv, table1.parse_arguments(argv)[0], 4).items()}
+    assert blocks == {"full method": 3, "block 1": 1, "block 2": 2, "block 4": 4}
+    lines = [{"key": [row, clip, "x", 0], "columns": {"error": value}} for (row, clip), value in values.items()]
+    table = read_table(table1.make_table(lines, rows, args))
+    assert table["mean", "full method"] == {"mean": "full method", "n": "2", "error": "3.0 ± 2.0"}
+    assert table["mean", "tau=2"]["n"] == "3"
+    paired = table["minus the full method", "tau=2"]  # of the clips that both have: 0.5 and 1.5
+    assert paired["n"] == "2" and paired["error"] == "1.00 ± 0.50"
+
+
+def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(effect, "texture_classes", lambda: "classes")
+    monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: (classes, "," in prompt) == ("classes", False))
+    monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
+    args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
+    code, out, err = run_table(capsys, *args, "block 2", "--out", tmp_path)
+    assert code == 0 and not err, err
+    lines = table1.read_results(tmp_path / "results.jsonl")
+    rows = ["full method", "block 2"]
+    cases = [("pan", 10007), ("pan", 10008), ("zoom", 10009)]
+    assert [(line["key"][1], line["row"]) for line in lines] == [(f"{c} {s}", row) for c, s in cases for row in rows]
+    for line in lines:
+        camera, seed = line["key"][1].split()
+        video, scene, prompt = toy.held_out(int(seed), camera, False)
+        assert line["key"][2:] == [prompt, int(seed) - 10000] and line["columns"]["prompt right"] == 1
+        written, _ = fastvmt.read_video(str(tmp_path / line["video"]), 9, video.shape[2:])
+        error = toy.motion_error(written[0], scene)
+        assert line["columns"]["motion error, px a frame"] == pytest.approx(error, abs=0.03)
+    assert len({line["video"] for line in lines}) == len(lines)
+
+
+def test_columns_of_real_videos(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "load_cotracker", lambda device: track_roll)
+    monkeypatch.setattr(metrics, "load_clip", lambda device: (_ for _ in ()).throw(OSError("no network\nat all")))
+    (opened,) = table1.open_metrics("cpu")
+    assert capsys.readouterr().out == "CLIP cannot be had, so its columns are left out (no network)\n"
+    columns = opened(roll_clip(1, 2))(roll_clip(2, 4), "x")
+    assert columns == {"motion fidelity": pytest.approx(1), "track error, px a frame": pytest.approx(5**0.5),
+                       "tracks": 18, "frames": 5}  # fmt: skip
+    features = torch.eye(4)[:2] + 1
+    monkeypatch.setattr(metrics, "clip_features", lambda model, tokenizer, video, prompt: (features, features[:1]))
+    columns = table1.clip_columns(("model", "tokenizer"), None)(None, "x")
+    cosine = (features[0] @ features[1] / 7).item()
+    assert columns == {
+        "text similarity": pytest.approx((1 + cosine) / 2),
+        "temporal consistency": pytest.approx(cosine),
+    }
+
+
+def test_cost_counts_attention_and_live_memory():
+    with torch.enable_grad():
+        q, k, v = (randn(1, 2, 64, 16, seed=n).requires_grad_() for n in range(3))
+        with cost.Cost([q, k, v]) as forward:
+            out = F.scaled_dot_product_attention(q, k, v)
+        product = 2 * 2 * 64 * 64 * 16
+        assert forward.flops == 2 * product and forward.peak >= 4 * out.nbytes
+        with cost.Cost() as backward:
+            out.sum().backward()
+    assert backward.flops == 5 * product  # QKᵀ once more
+    with cost.Cost([q]) as memory:
+        for _ in range(3):
+            x = torch.zeros(1000)
+            y = x.view(10, 100)[0].add(1)  # a view takes nothing
+            del x, y
+        torch.empty(10**6, device="meta")  # in host memory
+    assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
+
+
+def test_dry_run_and_bench(capsys, monkeypatch):
+    args = "--model tiny --device cpu --frames 5 --size 32x48 --cfg-scale 1 --steps 10 --guided-fraction 0.3".split()
+    parsed, model = table1.parse_arguments([*args, "--dtype", "fp32"])
+    flops, peaks = counted = cost.count(parsed, model)
+    monkeypatch.setattr(cost, "count", lambda args, model: counted)
+    code, out, err = run_table(capsys, *args, "--dry-run")
+    assert code == 0 and not err, err
+    table = {row: list(cells.values()) for (_, row), cells in read_table(out).items()}
+    assert [cells[1] for cells in table.values()] == ["1", "3", "12", "12", "10", "1"]
+    tokens, dim, ffn = 2 * 2 * 3, 96, 192
+    attention, context = 2 * 2 * tokens * (tokens + 512) * dim, 2 * 512 * 2 * dim * dim
+    linear = 2 * tokens * dim * (6 * dim + 2 * ffn)
+    embedded = 2 * 512 * dim * (64 + dim) + 2 * 2 * tokens * dim * 64 + 2 * dim * (32 + dim + 6 * dim)
+    assert flops["velocity"][0] == 4 * (attention + context + linear) + embedded
+    # Block 3 is read, so two blocks run forward and, of latents alone, backward.
+    backward = flops["gradient"][0] - flops["reference pass"][0]
+    assert backward == pytest.approx(2 * (2.5 * attention + linear), rel=0.1)
+    assert flops["gradient"][1] - flops["gradient"][0] == pytest.approx(2 * (attention + context + linear), rel=0.1)
+    stored, recomputed, offloaded = peaks["gradient"]
+    block = sum(p.nbytes for p in wan_min.load(wan_min.DiT, "tiny").blocks[0].parameters())
+    assert stored > recomputed and 2 * block <= recomputed - offloaded < 4 * block  # two of four are there at most
+    code, out, err = run_table(capsys, *args, "--bench", "--checkpoint", "on", "--peak-tflops", "100")
+    assert code == 0 and not err, err
+    rows = {row: cells for (_, row), cells in read_table(out).items()}
+    assert set(rows) == set(table) and "A run: guidance" in out
+    for cells in rows.values():
+        assert float(cells["s"]) > 0 and float(cells["TFLOP/s"]) > 0 and cells["of the peak"] == "0%"
+    monkeypatch.undo()
+    assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")
