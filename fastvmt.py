@@ -1,10 +1,9 @@
 """FastVMT: training-free video motion transfer on Wan 2.1, in one file.
 
 Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2), whose equation, section and
-appendix numbers stand below, in its order. Everything above the sampler needs torch and einops only: copy what you need.
-Under the method stands the run that uses it. Shapes in comments: F latent frames, H×W token grid of a frame, S = H·W,
-D head dimension, P frame pairs, N tiles (the paper's P), T tokens a tile, M window tokens. Positions and flows are
-(row, column) in tokens.
+appendix numbers stand below, in its order. The method needs torch and einops only: copy what you need. Under it stands
+the run that uses it. Shapes in comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame
+pairs, N tiles (the paper's P), T tokens a tile, M window tokens. Positions and flows are (row, column) in tokens.
 """
 
 # SPDX-License-Identifier: Apache-2.0
@@ -384,8 +383,8 @@ def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b"")
 def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     """At most num_frames frames, cut to 4k+1, from `start` seconds, `fps` a second: fp32 (1, 3, T, H, W) in [-1, 1].
 
-    path: a video, a folder of pictures, one a frame in natural order, or "demo". They cover `size`, for a portrait reference
-    with its sides swapped if turn. UserError if unreadable or under 5 frames.
+    path: a video, a folder of pictures, one a frame in natural order, or "demo". size is covered, and turned for a
+    portrait reference if `turn`. UserError if unreadable or under 5 frames.
     """
     task = f"read the reference {path}"
     if os.path.isdir(path):
