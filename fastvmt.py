@@ -407,7 +407,7 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
         names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
         first, frames = round(start * fps), []
         for name in names[first : first + num_frames]:
-            data = Path(path, name).read_bytes()  # not by name, which ffmpeg can take for a pattern
+            data = Path(path, name).read_bytes()  # not by name, whose ending or % ffmpeg may believe
             frames += [*decode_frames(f"{task}/{name}", ["-i", "-"], 1, size, 25, turn, data=data)]
             size, turn = frames[0].shape[:2], False
     else:

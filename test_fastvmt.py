@@ -1353,7 +1353,8 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
     for n, shade in enumerate(shades):
         name = f"x%d{n + 2}." + ("PNG", "jpg", "bmp", "webp", "jpeg")[n % 5]
         picture = Image.new("RGBA", (96 + n, 48) if n != 5 else (48, 96), (shade,) * 3 + (255,))
-        (picture if n % 5 == 0 else picture.convert("RGB")).save(folder / name)
+        kind = "JPEG" if n == 10 else None  # whatever its name says
+        (picture if n in (0, 5) else picture.convert("RGB")).save(folder / name, kind)
     Image.new("RGBA", (96, 48), (0, 0, 0, 0)).save(folder / "x%d1.png")
     for name in ("._x%d3.png", "notes.txt"):
         (folder / name).write_text("no picture")
