@@ -392,7 +392,7 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
         names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
         frames = []
         for name in names[round(start * fps) :][:num_frames]:
-            data = Path(path, name).read_bytes()  # not by name, which ffmpeg can take for a pattern
+            data = Path(path, name).read_bytes()  # not by name, whose ending or % ffmpeg may believe
             frames += [*decode_frames(f"{task}/{name}", ["-i", "-"], 1, size, 25, turn, data=data)]
             size, turn = frames[0].shape[:2], False
     else:
@@ -524,6 +524,7 @@ def build_parser():
     add("--dtype", choices=DTYPES, help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
     add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
     add("--offload", action="store_true", help="keep the blocks' weights in host memory and stream them to the device")
+    add("--vae-tiles", action="store_true", help="encode and decode in tiles of 30x52 latents always (Sec. 4.1)")
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
     add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
@@ -548,7 +549,8 @@ def parse_arguments(argv, parser=None):
         raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
-    model = source.open_model(args.model, device, dtype, offload=args.offload, random_weights=args.random_weights)
+    model = source.open_model(args.model, device, dtype, offload=args.offload, random_weights=args.random_weights,
+                              vae_tiles=args.vae_tiles)  # fmt: skip
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
@@ -666,7 +668,7 @@ def run(args, config, model):
 
 def advice(error):
     """The one line that a user needs; raises an error that is not the user's."""
-    if isinstance(error, (UserError, wan_min.ModelError)):
+    if isinstance(error, (UserError, wan_min.ModelError, OSError)):
         return " ".join(str(error).split())
     if wan_min.out_of_memory(error):
         return "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"

@@ -1314,8 +1314,8 @@ def test_reading_videos(tmp_path, kind):
     path = path.with_suffix({"gif": ".gif", "tick": ".gif", "stream": ".ts"}.get(kind, ".mp4"))
     write_clip(path, size=size, options=options, fps=rate)
     flat = path.rename(tmp_path / ("flat" + path.suffix))
-    if kind == "sound":
-        ffmpeg("-i", flat, "-f", "lavfi", "-t", "3", "-i", "sine", "-map", "0", "-map", "1", path)
+    if kind in ("sound", "late"):
+        ffmpeg("-copyts", "-i", flat, "-f", "lavfi", "-t", "3", "-i", "sine", "-map", "0", "-map", "1", path)
     else:
         ffmpeg(*["-display_rotation", "90"] * (kind == "rotated"), "-i", flat, "-c", "copy", path)
     start = 0.25 if kind in ("start", "stream") else 0.0
@@ -1339,8 +1339,8 @@ def test_a_start_inside_a_long_video(tmp_path):
     raw = np.tile(np.arange(0, 240, 10, np.uint8)[:, None, None, None], (5, 16, 16, 3))
     for suffix in (".mp4", ".mkv", ".ts", ".mpg"):
         path = encode(tmp_path / f"in{suffix}", raw, "-g", "50", fps=5 if suffix != ".mpg" else 25)
-        for start in (0.6, 3.4, 18.2) if suffix != ".mpg" else (0.6, 3.4):
-            first = round(start * (25 if suffix == ".mpg" else 5))
+        for start in (0.6, 3.4, 18.25) if suffix != ".mpg" else (0.6, 3.4):
+            first = math.floor(start * (25 if suffix == ".mpg" else 5))
             seen = levels(path, fps=25 if suffix == ".mpg" else 5, size=(32, 32), num_frames=5, start=start)
             close(seen.mean((0, 2, 3)), torch.tensor([(first + n) % 24 * 10.0 for n in range(5)]), 4)
 
@@ -1350,7 +1350,7 @@ RED_AND_GREY[:, :, :40], RED_AND_GREY[:, :, 40:] = (200, 60, 30), 120
 
 
 @pytest.mark.parametrize("kind", ["sd", "hd", "hd alpha", "hd tagged", "full", "rgb", "gray", "bt2020", "png alpha",
-                                  "vp9 alpha", "vp8 alpha", "palette alpha"])  # fmt: skip
+                                  "vp9 alpha", "vp8 alpha", "gray alpha", "palette alpha"])  # fmt: skip
 def test_colours_of_all_kinds(tmp_path, kind):
     raw = RED_AND_GREY.repeat(15, 1).repeat(16, 2) if "hd" in kind else RED_AND_GREY
     matrix = "bt709" if kind in ("hd", "hd alpha") else "bt2020" if kind == "bt2020" else "bt601"
@@ -1360,6 +1360,7 @@ def test_colours_of_all_kinds(tmp_path, kind):
         return ["-vf", f"{alpha}{scale},format={pixels},setparams=colorspace={tag}"]
 
     half = "format=rgba,colorchannelmixer=aa=0.5,"
+    palette = "format=rgba,colorkey=0x787878:0.01,split[a][b];[a]palettegen[p];[b][p]paletteuse"
     name, options = {
         "hd alpha": ("in.mkv", ["-c:v", "ffv1", *filters("yuva420p", alpha=half)]),
         "full": ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p,scale=out_range=pc"), "-color_range", "pc"]),
@@ -1370,17 +1371,17 @@ def test_colours_of_all_kinds(tmp_path, kind):
         "vp9 alpha": ("in.webm", ["-c:v", "libvpx-vp9", "-crf", "4", *filters("yuva420p", alpha=half)]),
         "vp8 alpha": ("in.webm", ["-c:v", "libvpx", "-b:v", "9M", "-auto-alt-ref", "0",
                                   *filters("yuva420p", alpha=half)]),
-        "palette alpha": ("in.gif", ["-vf", "format=rgba,colorkey=0x787878:0.01,split[a][b];[a]palettegen[p];"
-                                            "[b][p]paletteuse"]),
+        "gray alpha": ("in.mov", ["-c:v", "png", "-vf", half + "format=ya8"]),
+        "palette alpha": ("in.mov", ["-c:v", "png", "-vf", palette]),
     }.get(kind, ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p")]))  # fmt: skip
     path = encode(tmp_path / name, raw, *options)
     expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])
+    if "gray" in kind:
+        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
     if kind == "palette alpha":  # the right half is not there
         expected[1] = 127.5
     elif "alpha" in kind:  # on mid grey
         expected = (expected + 127.5) / 2
-    elif kind == "gray":
-        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
     left, right = (part[..., 3:-3].mean((1, 2, 3)) for part in levels(path).chunk(2, dim=3))
     close(torch.stack([left, right]), expected, 1.6)
 
@@ -1442,20 +1443,21 @@ def test_a_folder_of_pictures_is_a_video(tmp_path):
     folder, shades = tmp_path / "a %d:b", range(40, 180, 10)
     folder.mkdir()
     for n, shade in enumerate(shades):
-        name = f"x{n + 2}." + ("PNG", "jpg", "bmp", "webp", "jpeg")[n % 5]
-        picture = Image.new("RGBA", (96 + n, 48), (shade,) * 3 + (255,))
-        (picture if n % 5 == 0 else picture.convert("RGB")).save(folder / name)
-    Image.new("RGBA", (96, 48), (0, 0, 0, 0)).save(folder / "x1.png")
-    for name in ("._x3.png", "notes.txt"):
+        name = f"x%d{n + 2}." + ("PNG", "jpg", "bmp", "webp", "jpeg")[n % 5]
+        picture = Image.new("RGBA", (96 + n, 48) if n != 5 else (48, 96), (shade,) * 3 + (255,))
+        kind = "JPEG" if n == 10 else None  # whatever its name says
+        (picture if n in (0, 5) else picture.convert("RGB")).save(folder / name, kind)
+    Image.new("RGBA", (96, 48), (0, 0, 0, 0)).save(folder / "x%d1.png")
+    for name in ("._x%d3.png", "notes.txt"):
         (folder / name).write_text("no picture")
-    seen = levels(folder, fps=30)
+    seen = levels(folder, fps=30, turn=True)  # as the first picture, which is not portrait
     assert seen.shape == (3, 13, 32, 64)  # of 15
     close(seen.mean((0, 2, 3)), torch.tensor([127.5, *shades[:12]]), 1.6)
     assert torch.equal(levels(folder, fps=8, start=0.5, num_frames=9), seen[:, 4:])
     with pytest.raises(fastvmt.UserError, match="has 3 frames from 0.4 s"):
         levels(folder, fps=30, start=0.4)
-    (folder / "x4.bmp").write_bytes(b"BM no picture")
-    with pytest.raises(fastvmt.UserError, match="x4.bmp"):
+    (folder / "x%d4.bmp").write_bytes(b"BM no picture")
+    with pytest.raises(fastvmt.UserError, match="x%d4.bmp"):
         levels(folder)
 
 
@@ -1490,6 +1492,7 @@ def test_names_and_unreadable_references(tmp_path, monkeypatch):
             assert "attached pic" in ffmpeg("-i", name)
         with pytest.raises(fastvmt.UserError) as raised:
             levels(name)
+        assert ("matches no streams" in str(raised.value)) == (name == "song.mp4")
         assert len(str(raised.value).splitlines()) == 1 and (name in str(raised.value) or "\0" in name)
     with pytest.raises(fastvmt.UserError, match="has 0 frames from 9.5 s"):
         levels("in.mp4", start=9.5)
@@ -1503,6 +1506,7 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
     assert video.shape == (1, 3, 9, 64, 96) and video.abs().max() <= 1
     (tmp_path / "link.mp4").symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     (tmp_path / "folder").mkdir()
+    assert fastvmt.partial_path(tmp_path / "link.mp4").parent == tmp_path / "folder"  # on one disk
     comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 20000, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
     fastvmt.write_video(tmp_path / "link.mp4", video, 24, comment)
     out = tmp_path / "folder" / "o.mp4"

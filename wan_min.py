@@ -596,6 +596,13 @@ CANVASES = {"tiny": ((64, 112), (112, 64)), "small": ((320, 480), (480, 320))}  
 DEFAULTS = {"tiny": dict(frames=33, block=3, window=3), "small": dict(frames=17, block=8)}
 
 
+# Of Wan's own configuration: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
 class ModelError(Exception):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
@@ -651,7 +658,8 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
-    canvases, defaults = CANVASES.get(name, ((480, 832), (832, 480))), DEFAULTS.get(name, {})
+    canvases = CANVASES.get(name, ((480, 832), (832, 480)))
+    defaults = {"negative_prompt": NEGATIVE_PROMPT} | DEFAULTS.get(name, {})
     return Model(blocks=arguments.get("num_layers", 30), encode_prompts=encode, load_dit=load_dit,
                  load_codec=load_codec, canvases=canvases, max_frames=81, fps=16.0,
                  defaults=defaults)  # fmt: skip

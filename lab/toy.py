@@ -365,7 +365,7 @@ class Codec:
         return decode(latents)
 
 
-def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False, vae_tiles=False):
     """The toy as a wan_min.Model. Raises ModelError for what it does not have or know."""
     if offload or random_weights:
         raise wan_min.ModelError("the toy has neither --offload nor --random-weights")
