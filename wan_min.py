@@ -618,7 +618,7 @@ class Model(NamedTuple):
     max_frames: int  # the longest clip it was trained at
     fps: float  # frames per second it was trained at
     defaults: dict  # command line defaults of its own, by name of the flag
-    demo: Callable | None = None  # (num_frames, size) -> video (1, 3, T, H, W); None: fastvmt.demo_video
+    demo: Callable | None = None  # what reads the demo clip, with fastvmt.read_video's arguments; None: that
     describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
 
 
