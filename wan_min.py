@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
 
 Modules carry the parameter names of the official checkpoints, so weights load with no key mapping. Nothing here knows

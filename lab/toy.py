@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The toy: a made-up world of moving textures, its words and codec, its model, the measure of its motion.
 
 The world knows what no real video tells: the exact motion of every clip. A DiT small enough for a laptop learns it from
