@@ -2144,6 +2144,7 @@ def test_clip_metrics():
     expected = (embeds[1:] * embeds[:-1]).sum(-1).mean()
     assert expected < 0.9999
     assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
+    assert metrics.temporal_consistency(torch.eye(2)[[0, 0, 1]]) == 0.5  # of neighbours
     still = metrics.clip_features(model, tokenizer, clip[:, :, :1].expand(-1, -1, 3, -1, -1), "")[0]
     assert metrics.temporal_consistency(still).item() == pytest.approx(1)
 
@@ -2187,20 +2188,23 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
 
 
 def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
-    seen, true = [], fastvmt.sample
+    seen, noises, true = [], [], fastvmt.sample
 
     def spy(dit, noise, sigmas, *contexts, **options):
         seen.append((sigmas, options))
+        noises.append(noise)
         return true(dit, noise, sigmas, *contexts, **options)
 
     monkeypatch.setattr(fastvmt, "sample", spy)
     rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1", "steps=2"]
-    assert run_table(capsys, *TABLE, "--out", tmp_path, "--strength", "0.9", "--rows", *rows)[0] == 0
+    args = [*TABLE, "--out", tmp_path, "--strength", "0.9", "--seed", "3", "--checkpoint", "on"]
+    assert run_table(capsys, *args, "--rows", *rows)[0] == 0
     (_, full), (_, first), (plain, none), (start, last), (short, _) = seen[1:]  # after the warm-up
     assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
     assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
     assert last["reference"] is not None and start.equal(wan_min.flow_sigmas(3, 7.0, 0.5)) and last["cfg_scale"] == 1
-    assert len(short) == 3
+    assert len(short) == 3 and full["checkpoint"] is True
+    assert all(noise.equal(randn(*noise.shape, seed=3)) for noise in noises)
     for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
                       ("tau=x", "tau")):  # fmt: skip
         code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
@@ -2224,8 +2228,8 @@ def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, mon
     results = tmp_path / "killed" / "results.jsonl"
     for torn in (1, 2, 3):  # killed in the middle of writing this line
         monkeypatch.setattr(table1, "run_row", lambda *a, n=iter(range(10)): [run_row(*a), next(n) < 2 or stop()][0])
-        with pytest.raises(KeyboardInterrupt):
-            run_table(capsys, *args, tmp_path / "killed")
+        code, _, err = run_table(capsys, *args, tmp_path / "killed")
+        assert code == 130 and "interrupted" in err
         lines = results.read_text().splitlines(True)
         assert len(lines) == torn
         results.write_text("".join(lines) + lines[-1][:50])
@@ -2330,6 +2334,8 @@ def test_cost_counts_attention_and_live_memory():
 def test_dry_run_and_bench(capsys, monkeypatch):
     args = "--model tiny --device cpu --frames 5 --size 32x48 --cfg-scale 1 --steps 10 --guided-fraction 0.3".split()
     parsed, model = table1.parse_arguments([*args, "--dtype", "fp32"])
+    clean = argparse.Namespace(**vars(parsed) | {"ref_noise": "clean"})
+    assert cost.run_counts(clean, fastvmt.motion_config(clean))["reference pass"] == 1
     flops, peaks = counted = cost.count(parsed, model)
     monkeypatch.setattr(cost, "count", lambda args, model: counted)
     code, out, err = run_table(capsys, *args, "--dry-run")

@@ -322,6 +322,9 @@ def main(argv=None):
     except (fastvmt.UserError, wan_min.ModelError, OSError) as error:
         print("lab.table1:", error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lab.table1: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

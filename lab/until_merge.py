@@ -29,7 +29,7 @@ def build_parser():
 
 
 def parse_arguments(argv, parser):
-    known, _ = fastvmt.Parser(add_help=False), None
+    known = fastvmt.Parser(add_help=False)
     known.add_argument("--model", default="1.3B")
     name = known.parse_known_args(argv)[0].model
     parser.set_defaults(**{k: v for k, v in fastvmt.PRESETS.get(name, {}).items() if k != "canvas"})
