@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run costs: counted on tensors without data, or measured on this machine. Used by lab.table1.
 
 The FLOPs are those of matrix products, convolutions and attention, whose backward pass recomputes QKᵀ.
@@ -19,7 +20,6 @@ from torch.utils.flop_counter import flop_registry
 
 import fastvmt
 import wan_min
-from lab import until_merge as api
 
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16
 
@@ -132,8 +132,9 @@ def dit_phases(dit, noise, context, config, checkpoint):
     }
 
 
-def run_counts(args, config):
+def run_counts(args):
     """How often a run does each of the phases."""
+    config = args.config
     guided = fastvmt.guided_steps(args.steps, config)
     gradients = guided * math.ceil(config.inner_steps / config.interval)
     references = guided if config.ref_noise == "match" else min(guided, 1)
@@ -154,7 +155,7 @@ def count(args, model):
     if args.model not in wan_min.ARCHITECTURES:
         raise fastvmt.UserError(f"--dry-run and --bench know {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
     arguments, vae_arguments, *_ = wan_min.ARCHITECTURES[args.model]
-    config, dtype = fastvmt.motion_config(args), fastvmt.DTYPES[args.dtype or "bf16"]
+    config, dtype = args.config, torch.float32 if args.dtype == "fp32" else torch.bfloat16
     video_shape, shape = latent_shape(args, model)
     flops, peaks = {}, {}
 
@@ -172,7 +173,7 @@ def count(args, model):
         with torch.device("meta"):
             dit = wan_min.cast(wan_min.DiT(**arguments), dtype).requires_grad_(False)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            dit = api.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
+            dit = wan_min.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
             noise, context = torch.empty(shape), torch.empty(1, wan_min.TEXT_LENGTH, dit.text_embedding[0].in_features)
             for name, phase in dit_phases(dit, noise, context, config, checkpoint).items():
                 record(name, phase, [*dit.parameters(), noise, context])
@@ -182,7 +183,7 @@ def count(args, model):
 def dry_run(args, model):
     """Markdown lines of FLOPs and memory of a run of this size, weights included; nothing is computed."""
     flops, peaks = count(args, model)
-    counts = run_counts(args, fastvmt.motion_config(args))
+    counts = run_counts(args)
     yield "| | times | TFLOP | recomputing | GiB, all stored | recomputing | and --offload |"
     yield "|---" + "|--:" * 6 + "|"
     for name, times in counts.items():
@@ -200,14 +201,14 @@ def dry_run(args, model):
 @torch.no_grad()
 def bench(args, model, repeat=2):
     """Markdown lines of seconds, FLOP/s and memory of each part of a run, beside what the dry run says."""
-    device, config = torch.device(args.device), fastvmt.motion_config(args)
+    device, config = torch.device(args.device), args.config
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     flops, dry = count(args, model)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = args.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in card), 0)
     checkpoint = args.checkpoint == "on" or args.offload
     mode = 2 if args.offload else int(checkpoint)
-    counts, seconds, (video_shape, shape) = run_counts(args, config), {}, latent_shape(args, model)
+    counts, seconds, (video_shape, shape) = run_counts(args), {}, latent_shape(args, model)
     context, video = model.encode_prompts(["x"]), torch.rand(video_shape, device=device) * 2 - 1
     noise = torch.randn(shape, device=device)
     yield f"{card}, {args.model}, {args.dtype}, {shape[2]} latent frames of {video_shape[3]}x{video_shape[4]}"
