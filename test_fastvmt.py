@@ -625,19 +625,22 @@ def test_vae_tiles_by_default(monkeypatch):
     vae, true, calls = wan_min.random_model(wan_min.VAE, dict(dim=4)), wan_min.blend_tiles, []
     monkeypatch.setattr(wan_min, "blend_tiles", lambda *args: calls.append(args[:4]) or true(*args))
     vae.decode(vae.encode(randn(1, 3, 1, 16, 24)))
-    assert calls == [(2, 30, 15, 1), (3, 52, 26, 1), (2, 30, 15, 8), (3, 52, 26, 8)]
+    assert calls == [(2, 30, 15, (8, 1)), (3, 52, 26, (8, 1)), (2, 30, 15, (1, 8)), (3, 52, 26, (1, 8))]
 
 
 def test_vae_tiles_blend_to_the_untiled_result():
     for size, tile, stride, unit in [(60, 30, 15, 8), (104, 52, 26, 1), (64, 30, 15, 8), (31, 30, 15, 1), (9, 4, 4, 8),
                                      (7, 30, 15, 2)]:  # fmt: skip
         total = torch.zeros(size * unit)
-        for part, weights in wan_min.blend_tiles(size, tile, stride, unit):
-            assert len(weights) == min(tile, size) * unit and (weights > 0).all()
-            total[part.start * unit : part.stop * unit] += weights
+        for part in wan_min.blend_tiles(size, tile, stride, (3, unit)):
+            assert len(part.weights) == min(tile, size) * unit and (part.weights > 0).all()
+            total[part.output] += part.weights
+            assert part.input.start * unit == part.output.start * 3 and part.input.stop * unit == part.output.stop * 3
         close(total, torch.ones(size * unit), 1e-6)
-    assert wan_min.blend_tiles(10, 6, 4, 1)[1][1].tolist() == pytest.approx([0.25, 0.75, 1, 1, 1, 1])
-    assert wan_min.blend_tiles(5, 3, 2, 2)[1][1].tolist() == pytest.approx([0.25, 0.75, 1, 1, 1, 1])  # in pixels
+    assert wan_min.blend_tiles(10, 6, 4, (8, 1))[1].weights.tolist() == pytest.approx([0.25, 0.75, 1, 1, 1, 1])
+    assert wan_min.blend_tiles(5, 3, 2, (1, 2))[1].weights.tolist() == pytest.approx(
+        [0.25, 0.75, 1, 1, 1, 1]
+    )  # in pixels
     vae = wan_min.random_model(wan_min.VAE, dict(dim=4))
     for part in (vae.encoder, vae.decoder):  # attention over a whole tile cannot equal that over the whole frame
         part.middle[1].proj.weight.zero_()
@@ -671,8 +674,8 @@ def test_the_codec_tiles_only_where_the_frame_does_not_fit(monkeypatch):
     true, tiles, held = wan_min.VAE.tiled, [], []
 
     def limited(self, step, x, *args):
-        tiles.append(args[3])
-        if args[3] is None and failure:
+        tiles.append(args[1])
+        if args[1] is None and failure:
             activation = torch.ones(2)
             held.append(weakref.ref(activation))
             raise RuntimeError(failure)
@@ -830,6 +833,7 @@ def write_tokenizer(path):
     tokenizer.save(str(path))
 
 
+DIT_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = dict(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
 
 
@@ -842,15 +846,10 @@ def write_checkpoint(folder, shards=0):
     modules = {cls: perturbed(wan_min.random_model(cls, sizes, seed=7)) for cls, sizes in parts.items()}
     weights = modules[wan_min.DiT].state_dict()
     folder.mkdir()
-    if shards:
-        names = sorted(weights)
-        where = {name: f"diffusion_pytorch_model-{n % shards + 1:05}-of-{shards:05}.safetensors"
-                 for n, name in enumerate(names)}  # fmt: skip
-        for file in set(where.values()):
-            save_file({name: weights[name] for name in names if where[name] == file}, folder / file)
-        (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    else:
-        save_file(weights, folder / wan_min.DIT_FILE)
+    names = sorted(weights)
+    for n in range(shards or 1):
+        file = f"diffusion_pytorch_model-{n + 1:05}-of-{shards:05}.safetensors" if shards else DIT_FILE
+        save_file({name: weights[name] for name in names[n :: shards or 1]}, folder / file)
     official = {"in_dim": 16, "out_dim": 16, "eps": 1e-6, "text_len": 512, "model_type": "t2v"}
     (folder / "config.json").write_text(json.dumps(arguments | official | {"vae": vae, "text_encoder": TEXT_ENCODER}))
     torch.save(modules[wan_min.VAE].state_dict(), folder / wan_min.VAE_FILE)
@@ -886,11 +885,12 @@ def test_a_checkpoint_gives_the_video_of_its_modules(tmp_path, monkeypatch, shar
 
 @pytest.mark.parametrize("model, other", [("1.3B", "14B"), ("14B", "1.3B")])
 def test_without_config_the_official_layout_of_that_width_is_expected(tmp_path, monkeypatch, model, other):
+    for name in ("diffusion_pytorch_model.safetensors", wan_min.VAE_FILE, wan_min.TEXT_FILE, wan_min.TOKENIZER_FILE):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     with torch.device("meta"):
-        modules = [wan_min.DiT(**wan_min.ARCHITECTURES[name][0]) for name in (model, other)]
-    weights, others = ({name: (tuple(p.shape), None) for name, p in module.state_dict().items()} for module in modules)
+        weights, others = (wan_min.DiT(**wan_min.ARCHITECTURES[name][0]).state_dict() for name in (model, other))
     others["patch_embedding.bias"] = weights["patch_embedding.bias"]
-    monkeypatch.setattr(wan_min, "checkpoint_files", lambda folder, config: {wan_min.DiT: [folder / "dit"]})
     monkeypatch.setattr(wan_min, "read_tensors", lambda path: weights)
     assert wan_min.check_checkpoint(tmp_path, [wan_min.DiT])[wan_min.DiT][0] == wan_min.ARCHITECTURES[model][0]
     monkeypatch.setattr(wan_min, "read_tensors", lambda path: others)
@@ -947,9 +947,9 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
 
     def dit(change):
         def spoil(folder):
-            weights = load_file(folder / wan_min.DIT_FILE)
+            weights = load_file(folder / DIT_FILE)
             change(weights)
-            save_file(weights, folder / wan_min.DIT_FILE)
+            save_file(weights, folder / DIT_FILE)
 
         return spoil
 
@@ -966,10 +966,6 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
             path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
         return spoil
-
-    def index(folder, text='{"weight_map": {"a": "gone-1.safetensors", "b": "gone-2.safetensors"}}'):
-        (folder / wan_min.DIT_FILE).unlink()
-        (folder / (wan_min.DIT_FILE + ".index.json")).write_text(text)
 
     def spoil_many(weights):
         for name in ("head.head.bias", "blocks.1.modulation", "blocks.2.ffn.0.weight", "blocks.3.ffn.0.weight"):
@@ -999,14 +995,13 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "is a Diffusers": other_name(wan_min.VAE_FILE, "transformer"),
         "is a Wan 2.2 checkpoint": other_name(wan_min.VAE_FILE, "high_noise_model"),
         "with an fp8 text encoder": other_name(wan_min.TEXT_FILE, "models_t5_umt5-xxl-enc-fp8.pth"),
-        "holds fp8 weights": fp8,
+        "norm.weight is in fp8": fp8,
         "no valid JSON": cut("config.json"),
-        "diffusion_pytorch_model.safetensors is damaged": cut(wan_min.DIT_FILE),
+        "diffusion_pytorch_model.safetensors is damaged": cut(DIT_FILE),
         "Wan2.1_VAE.pth is damaged": cut(wan_min.VAE_FILE),
         "umt5-xxl-enc-bf16.pth is damaged": cut(wan_min.TEXT_FILE, 0.0),
-        "Wan2.1_VAE.pth is damaged or": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
-        "without gone-1.safetensors, gone-2.safetensors": index,
-        "not an index of weight files": partial(index, text="[]"),
+        "Wan2.1_VAE.pth is damaged (Weights only": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
+        "without diffusion_pytorch_model*.safetensors": lambda folder: (folder / DIT_FILE).unlink(),
         "without google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
         "tokenizer.json is damaged": cut(wan_min.TOKENIZER_FILE),
     }  # fmt: skip
@@ -1074,8 +1069,8 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
         model.load_codec(), model.load_dit(), model.encode_prompts(["a"])
         assert [call[:2] for call in hub.calls[2:]] == [("snapshot_download", repo)]  # once, when needed
     official = ["config.json", "diffusion_pytorch_model-00001-of-00006.safetensors", "Wan2.1_VAE.pth",
-                "diffusion_pytorch_model.safetensors.index.json", "models_t5_umt5-xxl-enc-bf16.pth",
-                "google/umt5-xxl/tokenizer.json", "assets/logo.png", "README.md"]  # fmt: skip
+                "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", "README.md",
+                "diffusion_pytorch_model.safetensors.index.json"]  # fmt: skip
     patterns = hub.calls[-1][2]["allow_patterns"]
     assert list(huggingface_hub.utils.filter_repo_objects(official, allow_patterns=patterns)) == official[:-2]
     assert wan_min.REPOS[fastvmt.build_parser().get_default("model")] == "Wan-AI/Wan2.1-T2V-1.3B"
@@ -1319,7 +1314,7 @@ def test_user_errors(tmp_path, capsys):
         (["--center", "middle"], "--center"),
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--model", tmp_path / "nowhere"], "nowhere"),
-        (["--model", tmp_path / "empty"], "without diffusion_pytorch_model.safetensors, Wan2.1_VAE.pth, models_t5"),
+        (["--model", tmp_path / "empty"], "without diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5"),
         (["--block", "5"], "block 5 is outside the model's 1 to 4"),
         (["--block", "0"], "--block"),
         (["--out", tmp_path / "missing" / "o.mp4"], "missing"),
