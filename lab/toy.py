@@ -385,7 +385,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         raise wan_min.ModelError("the toy has neither --offload nor --random-weights")
 
     def encode_text(prompts):
-        known, unknown = known_words(prompts[0])
+        known, unknown = known_words(", ".join(prompts))
         vocabulary = f"the toy does not know {', '.join(unknown)}; it knows {', '.join(WORDS)}"
         if not known:
             raise wan_min.ModelError(vocabulary)
