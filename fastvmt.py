@@ -31,7 +31,7 @@ class MotionConfig:
 
     block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
     tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
-    window: int | None = setting(21, "side l of the search window in tokens; None: the whole frame (eq. 3, App. B.1)")
+    window: int | None = setting(21, "side l of the search window in tokens; 'none': the whole frame (eq. 3, App. B.1)")
     span: int = setting(5, "temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)")
     tau: float = setting(1.0, "temperature τ that multiplies the attention logits (eq. 1, App. B.1)")
     center: str = setting("soft", "window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)")
@@ -49,8 +49,10 @@ class MotionConfig:
 
     def __post_init__(self):
         counts = self.block, *self.tile, self.span, self.inner_steps, self.interval
-        if min(counts) < 1 or self.window is not None and self.window < 1:
-            raise UserError("block, tile, window, span, inner_steps and interval must be at least 1")
+        if min(counts) < 1 or self.window is not None and self.window < 1 or not 0 <= self.guided_fraction <= 1:
+            raise UserError(
+                "block, tile, window, span, inner_steps, interval are at least 1, guided_fraction is 0 to 1"
+            )
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
         if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
@@ -107,7 +109,7 @@ def window_centers(queries, keys, *, tau=1.0, center="soft"):
     *_, W, D = keys.shape
     logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)
     if center == "argmax":
-        return row_column(logits.argmax(-1), W)
+        return row_column(logits.argmax(-1), W)  # eq. 4
     positions = row_column(torch.arange(logits.shape[-1], device=keys.device), W).to(logits.dtype)  # (S, 2)
     return ((logits * (tau / D**0.5)).softmax(-1) @ positions).round().long()
 
@@ -122,7 +124,7 @@ def window_indices(centers, grid, size):
 
 
 def window_means(K, corners, j, size):
-    """Mean key K̄ of windows on frames j (App. B.4): (F, H, W, D), first tokens (P, N), (P,) -> (P, N, D)."""
+    """Mean key K̄ of windows (App. B.4): K (F, H, W, D), their first tokens (P, N), frames j (P,) -> (P, N, D)."""
     rows, cols = row_column(corners, K.shape[2]).unbind(-1)
     K = rearrange(K, "f h w d -> f d h w")
     # The mean of every possible window by two box filters: cheaper than averaging the P·N windows one by one.
@@ -131,7 +133,7 @@ def window_means(K, corners, j, size):
 
 
 def window_flow(queries, K, pairs, windows, tokens, tau, entropy=False):
-    """Δ of each token: the attention-weighted mean position in its tile's window, less its own: (P, N, T, 2).
+    """Flow Δ_ij of each token: the attention-weighted mean position in its tile's window, less its own: (P, N, T, 2).
 
     queries (F, N, T, D) of frames i, at positions tokens (N, T, 2), K (F, H, W, D) of frames j, pairs (i, j), windows
     (P, N, M). entropy: that of the attention instead, 1 where it is uniform: (P, N, T, 1).
@@ -139,7 +141,7 @@ def window_flow(queries, K, pairs, windows, tokens, tau, entropy=False):
     (i, j), (_, H, W, D) = pairs, K.shape
     # F.embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
     keys = F.embedding(j[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
-    # Window by tile, not tile by window: the gradient of the keys then comes out in their own memory order.
+    # Not "p n t m": the gradient of the keys then comes out in their own memory order.
     attention = (einsum(keys, queries[i], "p n m d, p n t d -> p n m t") * (tau / D**0.5)).softmax(-2)
     if entropy:
         return torch.special.entr(attention).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
@@ -171,38 +173,37 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     N, T, _ = tokens.shape
     elements_per_pair = N * math.prod(size) * (D + T) + H * W * (D + N)
     chunk = max(1, max_elements // elements_per_pair)
-    found, corners = [], []
-    for pairs in zip(i.split(chunk), j.split(chunk)):
+    flows, corners = [], []
+    for anchors, targets in zip(i.split(chunk), j.split(chunk)):
         with torch.no_grad():
-            centers = window_centers(representatives[pairs[0]], K[pairs[1]], tau=tau, center=center)
+            centers = window_centers(representatives[anchors], K[targets], tau=tau, center=center)
             windows = window_indices(centers, grid, size)
         corners.append(windows[..., 0])
-        found.append(recompute(window_flow, queries, K, pairs, windows, tokens, tau, entropy,
+        flows.append(recompute(window_flow, queries, K, (anchors, targets), windows, tokens, tau, entropy,
                                use_reentrant=False, preserve_rng_state=False))  # fmt: skip
-    key_mean = window_means(K, torch.cat(corners), j, size).expand(-1, num_tiles, -1)  # where one serves all tiles
-    return untile_tokens(torch.cat(found), tile, grid), key_mean
+    key_mean = window_means(K, torch.cat(corners), j, size).expand(-1, num_tiles, -1)  # (P, 1, D) if one serves all
+    return untile_tokens(torch.cat(flows), tile, grid), key_mean
 
 
 # ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) --------------------------------------------------------------
 
 
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
-    """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), a mean over pairs and tokens (eq. 5, App. B.1).
+    """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), over pairs (eq. 5) and tokens (App. B.1).
 
     weight (H, W), not the paper's, says how much each token counts. No gradient flows to the reference.
     """
     i, j = frame_pairs(num_frames, span, flow_gen.device)
-    squared = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
-    squared = squared.mean((1, 2)) if weight is None else (squared * weight).sum((1, 2)) / weight.sum()
-    decay = 1 - alpha * (j - i - 1).to(squared) / max(span - 1, 1)  # eq. 6, from 1 at offset 1 to 1 − α at s_f
-    return (decay * squared).mean()
+    distance = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
+    distance = distance.mean((1, 2)) if weight is None else (distance * weight).sum((1, 2)) / weight.sum()
+    w = 1 - alpha * (j - i - 1).to(distance.dtype) / max(span - 1, 1)  # w_d of eq. 6: 1 at offset 1, 1 − α at s_f
+    return (w * distance).mean()
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
     """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7, App. B.4).
 
-    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4); one with fewer than two adds 0.
-    The norm is B.4's; squared=True gives eq. 7's.
+    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's norm, not B.4's.
     """
     by_offset = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])
     loss = key_mean.new_zeros(())
@@ -248,7 +249,7 @@ def match_noise(latents, noise, sigma):
 
 
 def motion_features(dit, x, sigma, context, config, *, checkpoint=False, **options):
-    """attention_motion_flow's results for latents x (1, C, F, h, w) at noise level sigma; options are its own."""
+    """attention_motion_flow of latents x (1, C, F, h, w) at noise level sigma; options go to it, such as entropy."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
     t = torch.full((1,), 1000 * sigma, device=x.device)
     q, k = dit.qk(x, t, context, config.block, checkpoint=checkpoint)
@@ -458,7 +459,7 @@ def compare_video(clips, flows):
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 PRESETS = {  # settings that people compare; what a setting cannot say is in the README
-    "paper": {"ref_noise": "match", "strength": 1.0},  # Sec. 4.1 to the letter
+    "paper": {"ref_noise": "match", "strength": 1.0, "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
     # The authors' example; its L_AMF sums over 1560 tokens, so that its window loss weighs 1/1560.
     "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "lambda_window": 1 / 1560, "lr": (0.003, 0.0021),
                 "fps": 15.0},
@@ -503,7 +504,7 @@ def build_parser():
     add("--start", type=float, default=0.0, help="seconds into the reference")
     add("--seed", type=int, default=0, help="of the initial noise, the same on every device")
     add("--no-transfer", action="store_true", help="generate plainly, from pure noise")
-    add("--decode", type=Path, help="instead of sampling, decode the latents that an interrupted run left behind")
+    add("--decode", type=Path, help="finish a stopped run: its flags, and the latents that it kept (deleted when done)")
     add("--negative-prompt", default="", help="what to steer away from; if not given the model's own")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add("--device", default=device, help="torch device")
@@ -536,7 +537,7 @@ def parse_arguments(argv, parser=None):
     full = args.dtype == "fp32" or args.dtype is None and device.type == "cpu"
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
     model = source.open_model(args.model, device, torch.float32 if full else torch.bfloat16, offload=args.offload,
-                              random_weights=args.random_weights, vae_tiles=args.vae_tiles)  # fmt: skip
+                              random_weights=args.random_weights)  # fmt: skip
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
@@ -548,6 +549,8 @@ def check_arguments(args, config, model, kept):
     """UserError or OSError for what can be told to be wrong before anything is read or loaded."""
     if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
         raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
+    if args.compile and args.offload:
+        raise UserError("--compile and --offload exclude each other")
     if config.block > model.blocks:
         raise UserError(f"--block {config.block} is outside the model's 1 to {model.blocks}")
     limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
@@ -557,16 +560,16 @@ def check_arguments(args, config, model, kept):
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value} is not between {low} and {high}")
     outputs = [path for path in (args.out, args.compare) if path]
-    if len({os.path.realpath(path) for path in (args.ref, *outputs)}) <= len(outputs):
-        raise UserError("--ref, --out and --compare must be different files")
-    if any(path.suffix.lower() != ".mp4" or os.path.isdir(path) for path in outputs):
-        raise UserError("--out and --compare must be file names that end in .mp4")
+    distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
+    if len(distinct) < 1 + len(outputs) or any(x.suffix.lower() != ".mp4" or os.path.isdir(x) for x in outputs):
+        raise UserError("--out and --compare must be two file names that end in .mp4, and not the reference")
     for path in (kept, *map(partial_path, outputs)):
         existed = path.exists()
         path.open("ab").close()  # OSError where it cannot be written
-        existed or path.unlink()
+        if not existed:
+            path.unlink()
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
-        raise UserError(f"less than 128 MiB are free where {args.out} is to be written")
+        raise UserError(f"less than 128 MiB are free beside {kept}")
 
 
 def generate(args, config, dit, noise, contexts, reference):
@@ -599,7 +602,7 @@ def run(args, config, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     kept = args.decode or args.out.with_suffix(".latents.safetensors")
     check_arguments(args, config, model, kept)
-    saved, fps = args.decode and load_file(kept), args.fps or model.fps
+    saved, fps = load_file(kept) if args.decode else {}, args.fps or model.fps
     progress = partial(tqdm, leave=False, disable=None)
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
     read = model.demo if args.ref == "demo" and model.demo else read_video
@@ -615,35 +618,37 @@ def run(args, config, model):
     print(*(text for text, holds in notices.items() if holds), "encoding the prompts", sep="\n", flush=True)
     contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
     print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps), flush=True)
-    codec = model.load_codec()
+    codec = model.load_codec(args.vae_tiles)
     reference = codec.encode(video.to(args.device), progress=progress)
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
     print("loading the DiT", flush=True)
     dit = model.load_dit(progress)
-    for block in dit.blocks if args.compile else ():
-        block.compile()
-    latents = {"reference": reference}
-    if args.plain:
-        latents["plain"] = generate(args, config, dit, noise, contexts, None)
-    if saved:
-        latents["result"] = saved["latents"].to(args.device)
-    else:
-        latents["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
-        save_file({"latents": latents["result"].cpu()}, kept)
+    for n in range(model.blocks if args.compile else 0):
+        dit.blocks[n].compile()
+    results = {name: x.to(args.device) for name, x in saved.items() if x.shape == noise.shape}
+    if not results:
+        if args.plain and args.compare and not args.no_transfer:
+            results["plain"] = generate(args, config, dit, noise, contexts, None)
+        results["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
+        save_file({name: x.cpu() for name, x in results.items()}, kept)
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
-    measure = partial(motion_features, dit, sigma=MEASURE_SIGMA, context=contexts[2], config=config)
-    nearly_clean = [match_noise(x, noise, MEASURE_SIGMA) for x in latents.values()]
-    flows, entropy = [measure(x)[0] for x in nearly_clean], measure(nearly_clean[0], entropy=True)[0].mean()
-    dit = measure = None  # the decoder needs the memory
-    clips = {name: video if x is reference else codec.decode(x, progress=progress) for name, x in latents.items()}
+
+    def measure(x, **options):
+        x = match_noise(x, noise, MEASURE_SIGMA)
+        return motion_features(dit, x, MEASURE_SIGMA, contexts[2], config, **options)[0]
+
+    flows = {name: measure(x) for name, x in {"reference": reference, **results}.items()}
+    entropy, offset_1 = measure(reference, entropy=True).mean(), noise.shape[2] // dit.patch_size[0] - 1
+    dit = None  # the decoder needs the memory
+    clips = {"reference": video, **{name: codec.decode(x, progress=progress) for name, x in results.items()}}
     write_video(args.out, clips["result"], fps, record)
-    kept.unlink()
     if args.compare:
-        write_video(args.compare, compare_video(clips, [flow[: noise.shape[2] - 1] for flow in flows]), fps, record)
-    cosine, error = flow_agreement(flows[0], flows[-1])
+        write_video(args.compare, compare_video(clips, [flow[:offset_1] for flow in flows.values()]), fps, record)
+    kept.unlink()
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
-    print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens\n"
-          f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")  # fmt: skip
+    cosine, error = flow_agreement(flows["reference"], flows["result"])
+    print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
+    print(f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 

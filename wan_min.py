@@ -610,7 +610,9 @@ class Model(NamedTuple):
 
     blocks: int  # DiT blocks
     encode_prompts: Callable  # list of n prompts -> contexts (n, L, text_dim); loads and frees the text encoder
-    load_codec: Callable  # () -> object with encode(video, progress=iter) and decode(latents, progress=iter)
+    load_codec: (
+        Callable  # (vae_tiles=False) -> object with encode(video, progress=iter) and decode(latents, progress=iter)
+    )
     load_dit: Callable  # (progress=iter) -> DiT: velocity by call, `qk`, `patch_size`, `blocks`
     canvases: tuple  # sizes (H, W) in pixels that it was trained at, the default first
     max_frames: int  # the longest clip it was trained at
@@ -620,12 +622,12 @@ class Model(NamedTuple):
     describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
 
 
-def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False, vae_tiles=False):
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
     Cheap: the headers of a folder's files are read and checked; of a hub repo only config.json is fetched, the rest
     when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
-    host memory; vae_tiles never converts whole frames, even where they fit. Raises ModelError.
+    host memory. Raises ModelError.
     """
     random = random_weights or name in ("tiny", "small")
     if random and name not in ARCHITECTURES:
@@ -642,7 +644,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
             return random_contexts(prompts, arguments.get("text_dim", 4096), device)
         return encode_prompts(prompts, fetch(), device, offload)
 
-    def load_codec():
+    def load_codec(vae_tiles=False):
         vae = load_part(VAE, device)
         if vae_tiles:
             return vae

@@ -379,7 +379,7 @@ class Codec:
         return decode(latents)
 
 
-def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False, vae_tiles=False):
+def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
     """The toy as a wan_min.Model. Raises ModelError for what it does not have or know."""
     if offload or random_weights:
         raise wan_min.ModelError("the toy has neither --offload nor --random-weights")
@@ -394,7 +394,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         return encode_prompts(prompts).to(device)
 
     return wan_min.Model(
-        blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda: Codec,
+        blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda vae_tiles=False: Codec,
         load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE,), max_frames=FRAMES,
         fps=8.0, defaults=DEFAULTS, demo=lambda path, num_frames, size, **options: held_out(0)[0][None, :, :num_frames],
         describe_motion=describe_motion,
