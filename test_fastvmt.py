@@ -1000,7 +1000,8 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "diffusion_pytorch_model.safetensors is damaged": cut(DIT_FILE),
         "Wan2.1_VAE.pth is damaged": cut(wan_min.VAE_FILE),
         "umt5-xxl-enc-bf16.pth is damaged": cut(wan_min.TEXT_FILE, 0.0),
-        "Wan2.1_VAE.pth is damaged (Weights only": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
+        "Wan2.1_VAE.pth is damaged (Weights only":
+            lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
         "without diffusion_pytorch_model*.safetensors": lambda folder: (folder / DIT_FILE).unlink(),
         "without google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
         "tokenizer.json is damaged": cut(wan_min.TOKENIZER_FILE),
