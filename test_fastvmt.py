@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import fastvmt
 import wan_min
 from fastvmt import MotionConfig
-from lab import effect, toy, train
+from lab import cost, effect, metrics, table1, toy, train
 
 HERE = Path(__file__).parent
 
@@ -1380,69 +1380,257 @@ def test_every_setting_reaches_the_method(monkeypatch, tmp_path):
     assert fastvmt.main([str(a) for a in [*args, "--window", "none"]]) == 0 and seen["config"].window is None
 
 
-@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "odd", "late", "gif", "narrow"])
+def encode(path, raw, *options, fps=12):
+    """Write uint8 (T, h, w, 3), or 10-bit planes with their -pix_fmt and -s in options, as a video."""
+    source = path.with_suffix(".raw")
+    source.write_bytes(raw.tobytes())
+    shape = ["-pix_fmt", "rgb24", "-s", f"{raw.shape[2]}x{raw.shape[1]}"] if raw.dtype == np.uint8 else options[:4]
+    log = ffmpeg("-f", "rawvideo", *shape, "-r", fps, "-i", source, *options[4 * (raw.dtype != np.uint8) :], path)
+    source.unlink()
+    assert path.exists(), log
+    return path
+
+
+def levels(path, *, fps=12, size=(32, 64), num_frames=81, **options):
+    """What read_video sees, (3, T, H, W) from 0 to 255."""
+    video = fastvmt.read_video(path, num_frames, size, fps=fps, **options)
+    assert video.dtype == torch.float32 and video.shape[0] == 1
+    return (video[0] + 1) * 127.5
+
+
+@pytest.mark.parametrize("kind", ["plain", "sound", "rotated", "variable", "paused", "fast", "slow", "odd", "late",
+                                  "gif", "tick", "narrow", "start", "stream"])  # fmt: skip
 def test_reading_videos(tmp_path, kind):
     size, path = (101, 67) if kind == "odd" else (48, 80), tmp_path / "in.mp4"
-    options = {"sound": ["-f", "lavfi", "-t", "1", "-i", "sine", "-map", "0", "-map", "1"],
-               "variable": ["-vf", "setpts=PTS+2/12/TB*gte(N\\,6)", "-fps_mode", "vfr"],
+    rate, fps = {"fast": (48, 16), "slow": (12, 30), "gif": (10, 10), "tick": (100, 10)}.get(kind, (12, 12))
+    options = {"variable": ["-vf", "setpts=PTS+2/12/TB*gte(N\\,6)", "-fps_mode", "vfr"],
+               "paused": ["-vf", "setpts=PTS+30/TB*gte(N\\,6)", "-fps_mode", "vfr"],
                "narrow": ["-vf", "setsar=1/4"], "odd": ["-pix_fmt", "yuv444p"], "gif": ["-pix_fmt", "yuv420p"],
                "late": ["-vf", "setpts=PTS+0.5/TB"]}.get(kind, [])  # fmt: skip
-    path, rate = (tmp_path / "in.gif", 10) if kind == "gif" else (path, 12)
-    if kind == "sound":  # outputs' options follow all inputs
-        write_clip(tmp_path / "silent.mp4")
-        ffmpeg("-i", tmp_path / "silent.mp4", *options, path)
+    path = path.with_suffix({"gif": ".gif", "tick": ".gif", "stream": ".ts"}.get(kind, ".mp4"))
+    write_clip(path, size=size, options=options, fps=rate)
+    flat = path.rename(tmp_path / ("flat" + path.suffix))
+    if kind in ("sound", "late"):
+        ffmpeg("-copyts", "-i", flat, "-f", "lavfi", "-t", "3", "-i", "sine", "-map", "0", "-map", "1", path)
     else:
-        write_clip(path, size=size, options=options, fps=rate)
-    if kind == "rotated":
-        path.rename(tmp_path / "flat.mp4")
-        ffmpeg("-display_rotation", "90", "-i", tmp_path / "flat.mp4", "-c", "copy", path)
-    video, fps = fastvmt.read_video(path, 81, (32, 64), turn=True)
+        ffmpeg(*["-display_rotation", "90"] * (kind == "rotated"), "-i", flat, "-c", "copy", path)
+    start = 0.25 if kind in ("start", "stream") else 0.0
+    seen = levels(path, fps=fps, start=start, turn=True)
     portrait = kind in ("rotated", "odd", "narrow")
-    times = [n / rate + (n >= 6) * 2 / 12 * (kind == "variable") for n in range(14)]  # of the file's frames
-    assert fps == pytest.approx(14 / (times[-1] + 1 / 12) if kind == "variable" else rate, abs=0.1)
-    assert video.shape == (1, 3, 13, *((64, 32) if portrait else (32, 64))), video.shape
-    levels = (video + 1) * 127.5
+    gap = {"variable": 2 / 12, "paused": 30}.get(kind, 0)
+    times = [n / min(rate, 50) * (1 + 4 * (kind == "tick")) + (n >= 6) * gap for n in range(14)]  # of the file's frames
+    count = min(round((times[-1] + times[1] - start) * fps), 81)
+    assert seen.shape == (3, (count - 1) // 4 * 4 + 1, *((64, 32) if portrait else (32, 64))), seen.shape
     if kind == "rotated":  # by 90° counter-clockwise: what was on the right is on top
-        right, left = levels[0, :, :, 10:20].mean((0, 2, 3)), levels[0, :, :, -20:-10].mean()
+        right, left = seen[:, :, 10:20].mean((0, 2, 3)), seen[:, :, -20:-10].mean()
     else:
-        right, left = levels[0, :, :, :, -8:].mean((0, 2, 3)), levels[0, :, :, :, :8].mean()
-    shown = [max(k for k, time in enumerate(times) if time * fps < n + 0.5) for n in range(13)]  # at a constant rate
+        right, left = seen[:, :, :, -8:].mean((0, 2, 3)), seen[:, :, :, :8].mean()
+    # The nearest in time, so that a rounded time stamp changes nothing at the file's own rate.
+    shown = [max(k for k, time in enumerate(times) if (time - start) * fps < n + 0.5 - 1e-6) for n in range(len(right))]
     close(right, torch.tensor([10.0 * k for k in shown]), 6)
     assert left == pytest.approx(200, abs=6)
 
 
-def test_frames_are_covered_and_cropped_at_the_centre():
-    frame = np.zeros((60, 40, 3), np.uint8)
-    frame[20:40] = 255  # the middle third
-    fitted = fastvmt.fit_frame(frame, (32, 64))  # scaled to 96x64, rows 32 to 64 kept
-    assert fitted.shape == (3, 32, 64) and fitted[:, 2:-2].min() > 0.99
-    wide = fastvmt.fit_frame(np.ascontiguousarray(frame.transpose(1, 0, 2)), (64, 32))
-    close(wide, fitted.transpose(1, 2), 1e-5)
-    noise = fastvmt.fit_frame(np.random.default_rng(0).integers(0, 256, (256, 512, 3), np.uint8), (32, 64))
-    assert noise.std() < 0.2  # a mean of about 8x8 pixels, not one of them
+def test_a_start_inside_a_long_video(tmp_path):
+    raw = np.tile(np.arange(0, 240, 10, np.uint8)[:, None, None, None], (5, 16, 16, 3))
+    for suffix in (".mp4", ".mkv", ".ts", ".mpg"):
+        path = encode(tmp_path / f"in{suffix}", raw, "-g", "50", fps=5 if suffix != ".mpg" else 25)
+        for start in (0.6, 3.4, 18.25) if suffix != ".mpg" else (0.6, 3.4):
+            first = math.floor(start * (25 if suffix == ".mpg" else 5))
+            seen = levels(path, fps=25 if suffix == ".mpg" else 5, size=(32, 32), num_frames=5, start=start)
+            close(seen.mean((0, 2, 3)), torch.tensor([(first + n) % 24 * 10.0 for n in range(5)]), 4)
+
+
+RED_AND_GREY = np.zeros((5, 48, 80, 3), np.uint8)
+RED_AND_GREY[:, :, :40], RED_AND_GREY[:, :, 40:] = (200, 60, 30), 120
+
+
+@pytest.mark.parametrize("kind", ["sd", "hd", "hd alpha", "hd tagged", "full", "rgb", "gray", "bt2020", "png alpha",
+                                  "vp9 alpha", "vp8 alpha", "gray alpha", "palette alpha"])  # fmt: skip
+def test_colours_of_all_kinds(tmp_path, kind):
+    raw = RED_AND_GREY.repeat(15, 1).repeat(16, 2) if "hd" in kind else RED_AND_GREY
+    matrix = "bt709" if kind in ("hd", "hd alpha") else "bt2020" if kind == "bt2020" else "bt601"
+    tag = {"hd tagged": "smpte170m", "bt2020": "bt2020nc"}.get(kind, "unknown")
+
+    def filters(pixels, scale=f"scale=out_color_matrix={matrix}:flags={fastvmt.SCALER}", alpha=""):
+        return ["-vf", f"{alpha}{scale},format={pixels},setparams=colorspace={tag}"]
+
+    half = "format=rgba,colorchannelmixer=aa=0.5,"
+    palette = "format=rgba,colorkey=0x787878:0.01,split[a][b];[a]palettegen[p];[b][p]paletteuse"
+    name, options = {
+        "hd alpha": ("in.mkv", ["-c:v", "ffv1", *filters("yuva420p", alpha=half)]),
+        "full": ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p,scale=out_range=pc"), "-color_range", "pc"]),
+        "rgb": ("in.mkv", ["-c:v", "ffv1", "-pix_fmt", "gbrp"]),
+        "gray": ("in.mkv", ["-c:v", "ffv1", "-pix_fmt", "gray"]),
+        "bt2020": ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p10le")]),
+        "png alpha": ("in.mov", ["-c:v", "png", "-vf", half[:-1]]),
+        "vp9 alpha": ("in.webm", ["-c:v", "libvpx-vp9", "-crf", "4", *filters("yuva420p", alpha=half)]),
+        "vp8 alpha": ("in.webm", ["-c:v", "libvpx", "-b:v", "9M", "-auto-alt-ref", "0",
+                                  *filters("yuva420p", alpha=half)]),
+        "gray alpha": ("in.mov", ["-c:v", "png", "-vf", half + "format=ya8"]),
+        "palette alpha": ("in.mov", ["-c:v", "png", "-vf", palette]),
+    }.get(kind, ("in.mkv", ["-c:v", "ffv1", *filters("yuv420p")]))  # fmt: skip
+    path = encode(tmp_path / name, raw, *options)
+    expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])
+    if "gray" in kind:
+        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
+    if kind == "palette alpha":  # the right half is not there
+        expected[1] = 127.5
+    elif "alpha" in kind:  # on mid grey
+        expected = (expected + 127.5) / 2
+    left, right = (part[..., 3:-3].mean((1, 2, 3)) for part in levels(path).chunk(2, dim=3))
+    close(torch.stack([left, right]), expected, 1.6)
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_shown_as_bt709(tmp_path, transfer, monkeypatch):
+    # By the formulas of ST 2084 and BT.2100: white is 203 cd/m² (BT.2408), a display of BT.709 has gamma 2.4 (BT.1886).
+    expected = np.array([[255, 255, 255], [120, 120, 120], [30, 30, 30], [200, 60, 30], [40, 160, 90], [20, 60, 220.0]])
+    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    light = (expected / 255) ** 2.4 @ to_2020.T * 203  # cd/m²
+    weights = np.array([0.2627, 0.678, 0.0593])
+    if transfer == "smpte2084":
+        power = (light / 10000) ** 0.1593017578125
+        signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    else:
+        luminance = (light @ weights / 1000) ** (1 / 1.2)  # of the scene; the display shows its power of 1.2
+        scene = light / 1000 / luminance[:, None] ** 0.2
+        signal = np.where(scene <= 1 / 12, (3 * scene) ** 0.5,
+                          0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)  # fmt: skip
+    luma = signal @ weights
+    chroma = np.stack([(signal[:, 2] - luma) / 1.8814, (signal[:, 0] - luma) / 1.4746])
+    planes = np.stack([luma * 876 + 64, *(chroma * 896 + 512)]).round().astype("<u2")  # (3, colours)
+    frame = planes[:, None].repeat(32, 1).repeat(16, 2)  # a column of 16 pixels for each
+    tags = f"setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}"
+    path = encode(tmp_path / "in.mkv", np.stack([frame] * 5), "-pix_fmt", "yuv444p10le", "-s", "96x32",
+                  "-c:v", "ffv1", "-vf", tags)  # fmt: skip
+    seen = levels(path, size=(32, 96))[:, 0, 4:-4].unflatten(2, (6, 16))[..., 5:-5].mean((1, 3)).T
+    close(seen, torch.tensor(expected).float(), 3.2)  # ten bits are coarse in the dark
+
+    run = subprocess.run  # a build without the filter says what this one says of a filter that does not exist
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: run(
+        [argument.replace("zscale", "z_scale") for argument in command], **options))  # fmt: skip
+    with pytest.raises(fastvmt.UserError, match="No such filter: 'z_scale'"):
+        levels(path)
+
+
+def test_interlaced_frames_have_no_combs(tmp_path):
+    rows, columns = np.mgrid[:96, :160]
+    fields = [128 + 100 * np.sin((columns - 8 * n) / 12) for n in range(18)]  # a pan of 8 columns a field
+    raw = np.stack([np.where(rows % 2, second, first) for first, second in zip(fields[::2], fields[1::2])])
+    raw = raw[..., None].repeat(3, 3).astype(np.uint8)
+    path = encode(tmp_path / "in.mkv", raw, "-vf", "setfield=tff", "-c:v", "ffv1", "-pix_fmt", "yuv420p")
+    seen = levels(path, size=(96, 160))
+    combs = (seen[:, 1:-1, 1:-1] - (seen[:, 1:-1, 2:] + seen[:, 1:-1, :-2]) / 2).abs().mean()
+    assert combs < 2, combs  # 27 with the combs
+    close(seen[:, :, ::2, 20:-20], torch.tensor(raw[:, ::2, 20:-20]).permute(3, 0, 1, 2).float(), 4)
+
+
+def test_rate_and_pixels_are_of_one_stream(tmp_path):
+    small = write_clip(tmp_path / "small.mp4", fps=12)
+    dark = encode(tmp_path / "dark.mp4", np.zeros((60, 96, 160, 3), np.uint8), fps=30)
+    ffmpeg("-i", small, "-i", dark, "-map", "0", "-map", "1", "-c", "copy", tmp_path / "both.mkv")
+    assert torch.equal(levels(tmp_path / "both.mkv"), levels(small))
+
+
+def test_a_folder_of_pictures_is_a_video(tmp_path):
+    from PIL import Image
+
+    folder, shades = tmp_path / "a %d:b", range(40, 180, 10)
+    folder.mkdir()
+    for n, shade in enumerate(shades):
+        name = f"x%d{n + 2}." + ("PNG", "jpg", "bmp", "webp", "jpeg")[n % 5]
+        picture = Image.new("RGBA", (96 + n, 48) if n != 5 else (48, 96), (shade,) * 3 + (255,))
+        kind = "JPEG" if n == 10 else None  # whatever its name says
+        (picture if n in (0, 5) else picture.convert("RGB")).save(folder / name, kind)
+    Image.new("RGBA", (96, 48), (0, 0, 0, 0)).save(folder / "x%d1.png")
+    for name in ("._x%d3.png", "notes.txt"):
+        (folder / name).write_text("no picture")
+    seen = levels(folder, fps=30, turn=True)  # as the first picture, which is not portrait
+    assert seen.shape == (3, 13, 32, 64)  # of 15
+    close(seen.mean((0, 2, 3)), torch.tensor([127.5, *shades[:12]]), 1.6)
+    assert torch.equal(levels(folder, fps=8, start=0.5, num_frames=9), seen[:, 4:])
+    with pytest.raises(fastvmt.UserError, match="has 3 frames from 0.4 s"):
+        levels(folder, fps=30, start=0.4)
+    (folder / "x%d4.bmp").write_bytes(b"BM no picture")
+    with pytest.raises(fastvmt.UserError, match="x%d4.bmp"):
+        levels(folder)
+
+
+def test_frames_are_covered_and_cropped_at_the_centre(tmp_path):
+    raw = np.zeros((5, 60, 40, 3), np.uint8)
+    raw[:, 20:40] = 255  # the middle third
+    tall = levels(encode(tmp_path / "in.mkv", raw, "-c:v", "ffv1", "-pix_fmt", "gbrp"))  # to 96x64, rows 32 to 64 kept
+    assert tall.shape == (3, 5, 32, 64) and tall[:, :, 2:-2].min() > 253
+    raw = np.ascontiguousarray(raw.transpose(0, 2, 1, 3))
+    wide = levels(encode(tmp_path / "in.mkv", raw, "-c:v", "ffv1", "-pix_fmt", "gbrp"), size=(64, 32))
+    close(wide, tall.transpose(2, 3), 2)
+    turned = levels(encode(tmp_path / "in.mkv", raw, "-c:v", "ffv1", "-pix_fmt", "gbrp"), size=(64, 32), turn=True)
+    assert turned.shape == (3, 5, 64, 32)  # a landscape video needs no turning
+    noise = np.random.default_rng(0).integers(0, 256, (5, 256, 512, 3), np.uint8)
+    noise = levels(encode(tmp_path / "in.mkv", noise, "-c:v", "ffv1", "-pix_fmt", "gbrp"))
+    assert noise.std() < 25  # a mean of about 8x8 pixels, not one of them
+
+
+def test_names_and_unreadable_references(tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "in.mp4").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "a%03d.mp4", "http:a.mp4", "a\nb '\".mp4", "狐狸.MP4", os.fsdecode(b"caf\xe9.mp4")):
+        Path(name).write_bytes(clip)
+        assert levels(name).shape[1] == 13
+    for name, content in (("no.mp4", None), ("text.mp4", b"no video"), ("half.mp4", clip[: len(clip) // 2]),
+                          ("empty.mp4", b""), ("song.mp4", None), ("nul\0.mp4", None)):  # fmt: skip
+        if content is not None:
+            Path(name).write_bytes(content)
+        if name == "song.mp4":  # a picture of its cover is no video
+            ffmpeg("-f", "lavfi", "-t", "1", "-i", "sine", "-f", "lavfi", "-i", "color=s=64x64", "-map", "0",
+                   "-map", "1", "-c:v", "png", "-frames:v", "1", "-disposition:v", "attached_pic", name)  # fmt: skip
+            assert "attached pic" in ffmpeg("-i", name)
+        with pytest.raises(fastvmt.UserError) as raised:
+            levels(name)
+        assert ("matches no streams" in str(raised.value)) == (name == "song.mp4")
+        assert len(str(raised.value).splitlines()) == 1 and (name in str(raised.value) or "\0" in name)
+    with pytest.raises(fastvmt.UserError, match="has 0 frames from 9.5 s"):
+        levels("in.mp4", start=9.5)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
+    with pytest.raises(fastvmt.UserError, match="ffmpeg cannot be run"):
+        levels("in.mp4")
 
 
 def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch):
     video = fastvmt.demo_video(9, (64, 96))
     assert video.shape == (1, 3, 9, 64, 96) and video.abs().max() <= 1
-    fastvmt.write_video(tmp_path / "o.mp4", video, 24)
-    again, fps = fastvmt.read_video(tmp_path / "o.mp4", 9, (64, 96))
-    assert fps == 24 and (again - video).abs().mean() < 0.02
+    (tmp_path / "link.mp4").symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
+    (tmp_path / "folder").mkdir()
+    assert fastvmt.partial_path(tmp_path / "link.mp4").parent == tmp_path / "folder"  # on one disk
+    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 20000, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
+    fastvmt.write_video(tmp_path / "link.mp4", video, 24, comment)
+    out = tmp_path / "folder" / "o.mp4"
+    assert (tmp_path / "link.mp4").is_symlink() and [p.name for p in out.parent.iterdir()] == ["o.mp4"]
+    assert metadata_of(out) == json.loads(comment)  # longer than an argument of a command can be
+    again = fastvmt.read_video(out, 9, (64, 96), fps=24)
+    assert again.shape[2] == 9 and (again - video).abs().mean() < 0.02
     close(again.mean((0, 2, 3, 4)), video.mean((0, 2, 3, 4)), 0.003)  # colours are not a level off
-    assert re.search(r"yuv420p\(tv, bt709", ffmpeg("-i", tmp_path / "o.mp4"))  # and players are told which they are
-    (tmp_path / "o.mp4").unlink()
+    assert re.search(r"yuv420p\(tv, bt709(, progressive)?\)", ffmpeg("-i", out))  # and players are told which they are
+    assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat")  # plays while it loads
 
-    (tmp_path / "o.mp4").write_text("an older result")
+    out.write_text("an older result")
+    for value in (math.nan, math.inf):
+        broken = video.clone()
+        broken[0, 1, 8, 3, 5] = value
+        with pytest.raises(FloatingPointError, match="finite"):
+            fastvmt.write_video(out, broken, 24)
+    (tmp_path / "in_the_way.mp4").mkdir()
+    with pytest.raises(fastvmt.UserError, match="in_the_way.*directory"):
+        fastvmt.write_video(tmp_path / "in_the_way.mp4", video, 24)
     for body in ("exit 1", 'for last; do :; done; head -c 99 > "$last"; exit 1'):
         script = tmp_path / "ffmpeg"
         script.write_text("#!/bin/sh\n" + body)
         script.chmod(0o755)
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
-        with pytest.raises(fastvmt.UserError, match="could not write"):
-            fastvmt.write_video(tmp_path / "o.mp4", video, 24)
-        script.unlink()
-        assert [p.name for p in tmp_path.iterdir()] == ["o.mp4"]
-        assert (tmp_path / "o.mp4").read_text() == "an older result"
+        with pytest.raises(fastvmt.UserError, match="cannot write"):
+            fastvmt.write_video(out, video, 24)
+        assert [p.name for p in out.parent.iterdir()] == ["o.mp4"] and out.read_text() == "an older result"
 
 
 def metadata_of(path):
@@ -1848,3 +2036,325 @@ def test_readme_code_runs():
     assert len(blocks) == 2
     for block in blocks:
         exec(block, {})
+
+
+# ---- The lab ---------------------------------------------------------------------------------------------------------
+
+
+def track_roll(video):
+    """Tracker of clips that are rolled as a whole: the peak of the correlation of each frame with the first."""
+    _, _, T, H, W = video.shape
+    spectrum = torch.fft.fft2(video[0].mean(0))
+    peak = torch.fft.ifft2(spectrum * spectrum[0].conj()).real.flatten(1).argmax(1)
+    shift = torch.stack([(peak // W + H // 2) % H - H // 2, (peak % W + W // 2) % W - W // 2], dim=-1)
+    points = torch.cartesian_prod(torch.arange(0.0, H, 8), torch.arange(0.0, W, 8))
+    return points[:, None] + shift, torch.ones(len(points), T, dtype=torch.bool)
+
+
+def roll_clip(*velocity):
+    return torch.stack([torch.roll(randn(3, 24, 48), [n * v for v in velocity], (1, 2)) for n in range(5)], 1)[None]
+
+
+def test_motion_fidelity_of_known_motion():
+    pan, opposite, across, still, fast = (
+        metrics.visible_tracks(*track_roll(roll_clip(*v))) for v in ((1, 2), (-1, -2), (2, -1), (0, 0), (2, 4))
+    )
+    for other, fidelity, error in ((pan, 1, 0), (opposite, -1, 20**0.5), (across, 0, 10**0.5), (still, 0, 5**0.5),
+                                   (fast, 1, 5**0.5)):  # fmt: skip
+        assert metrics.motion_fidelity(pan, other).item() == pytest.approx(fidelity, abs=1e-6)
+        assert metrics.track_error(pan, other).item() == pytest.approx(error, abs=1e-6)
+    assert metrics.motion_fidelity(still, still) == 1 and metrics.track_error(still, still) == 0
+    jitter = still + 0.001 * randn(*still.shape)  # a tracker's noise is no motion
+    assert metrics.motion_fidelity(still, jitter) == 1
+    assert metrics.motion_fidelity(still[:0], pan).isnan() and metrics.track_error(pan, still[:0]).isnan()
+
+
+def test_motion_fidelity_equals_its_definition():
+    ref, gen = randn(4, 6, 2, seed=1, dtype=torch.float64), randn(3, 6, 2, seed=2, dtype=torch.float64)
+    ref[0, 2] = ref[0, 1]  # one step at rest
+
+    def cosine(a, b):
+        a, b = np.diff(a, axis=0), np.diff(b, axis=0)
+        length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return sum(x @ y / n if n else 0.0 for x, y, n in zip(a, b, length)) / len(a)
+
+    table = np.array([[cosine(a, b) for b in gen.numpy()] for a in ref.numpy()])
+    expected = (np.mean([max(row) for row in table]) + np.mean([max(row) for row in table.T])) / 2
+    assert metrics.motion_fidelity(ref, gen).item() == pytest.approx(expected)
+    assert metrics.motion_fidelity(gen, ref).item() == pytest.approx(expected)
+    steps = np.array([[np.mean([np.hypot(*(np.diff(a, axis=0) - np.diff(b, axis=0))[k]) for k in range(5)])
+                       for b in gen.numpy()] for a in ref.numpy()])  # fmt: skip
+    expected = (np.mean([min(row) for row in steps]) + np.mean([min(row) for row in steps.T])) / 2
+    assert metrics.track_error(ref, gen).item() == pytest.approx(expected)
+
+
+def test_tracks_are_matched_by_their_own_motion():
+    points = torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
+    zoom = points[:, None] * (1 + 0.1 * torch.arange(5.0))[:, None]  # tracks of one direction have many speeds
+    assert metrics.track_error(zoom, zoom) == 0 and metrics.motion_fidelity(zoom, zoom).item() == pytest.approx(1)
+    alone = metrics.motion_fidelity(zoom, zoom[:5])  # all tracks of five count, and five of all
+    assert alone.item() == pytest.approx(metrics.motion_fidelity(zoom[:5], zoom).item()) and 0.6 < alone < 0.99
+    seen = torch.zeros(len(zoom), 5, dtype=torch.bool)
+    seen[:3, :3] = True  # in three frames of five
+    seen[3, :2] = True
+    assert metrics.visible_tracks(zoom, seen).equal(zoom[:3])
+
+
+def test_cotracker_is_handed_pixels_and_hands_out_rows_first(monkeypatch):
+    def model(pixels, grid_size):
+        assert pixels.shape == (1, 5, 3, 24, 48) and pixels.min() == 0 and pixels.max() == 255 and grid_size == 30
+        return torch.tensor([1.0, 2.0]).expand(1, 5, 7, 2), torch.ones(1, 5, 7)
+
+    model.to = lambda device: model
+    monkeypatch.setattr(torch.hub, "load", lambda repo, name, trust_repo: model)
+    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1).clamp(-1, 1))
+    assert tracks.shape == (7, 5, 2) and tracks[0, 0].tolist() == [2, 1]
+    assert visible.shape == (7, 5) and visible.all()
+
+
+def test_clip_metrics():
+    from transformers import BatchEncoding, CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+                        vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
+    model, prompts = CLIPModel(config).eval(), []
+
+    def tokenizer(prompt, **options):
+        prompts.append(prompt)
+        return BatchEncoding({"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)})
+
+    clip = roll_clip(1, 0).sigmoid() * 2 - 1
+    frames, prompt = metrics.clip_features(model, tokenizer, clip, "a word")
+    assert prompts == ["a word"] and frames.shape == (5, 16) and prompt.shape == (1, 16)
+    ids = tokenizer("")
+    pixels = F.interpolate(clip[0].transpose(0, 1), (32, 64), mode="bicubic", antialias=True)[..., 16:48]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        outputs = model(pixel_values=((pixels + 1) / 2 - mean) / std, **ids)  # logits = scale · cosine
+    expected = (outputs.logits_per_image / model.logit_scale.exp()).mean()
+    assert metrics.text_similarity(frames, prompt).item() == pytest.approx(expected.item(), abs=0.003)
+    embeds = outputs.image_embeds
+    expected = (embeds[1:] * embeds[:-1]).sum(-1).mean()
+    assert expected < 0.9999
+    assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
+    assert metrics.temporal_consistency(torch.eye(2)[[0, 0, 1]]) == 0.5  # of neighbours
+    still = metrics.clip_features(model, tokenizer, clip[:, :, :1].expand(-1, -1, 3, -1, -1), "")[0]
+    assert metrics.temporal_consistency(still).item() == pytest.approx(1)
+
+
+TABLE = "--model tiny --ref demo --prompt x --device cpu --frames 9 --size 32x48 --steps 3 --inner-steps 4".split()
+
+
+def run_table(capsys, *args):
+    code = table1.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def read_table(text):
+    """{(header of the table, row): {column: text}}."""
+    cells = {}
+    for part in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line[0] == "|"]
+        cells |= {(lines[0][0], row[0]): dict(zip(lines[0], row)) for row in lines[2:]}
+    return cells
+
+
+def test_table_counts_what_each_row_does(tmp_path, capsys):
+    rows = ["w/o step-skip", "no transfer", "lambda_window=0, tau=2", "block=2", "interval=3"]
+    code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--checkpoint", "on", "--rows", *rows)
+    assert code == 0 and not err, err
+    table = read_table((tmp_path / "table.md").read_text())
+    assert out.endswith((tmp_path / "table.md").read_text())
+    # 3 steps of 2 velocities through 4 blocks, the first guided; block 3 is read, so that 2 are run for it.
+    counts = {"full method": (2, 2, 2), "w/o step-skip": (4, 2, 2), "no transfer": (0, 0, 0),
+              "lambda_window=0, tau=2": (2, 2, 2), "block=2": (2, 1, 1)}  # fmt: skip
+    assert [row for title, row in table if title == "mean"] == list(counts)  # interval=3 is the full method's
+    for name, (gradients, before, backwards) in counts.items():
+        cells = table["mean", name]
+        assert int(cells["gradients"]) == gradients and int(cells["block backwards"]) == gradients * backwards, name
+        assert int(cells["block forwards"]) == 24 + before * (gradients + (gradients > 0)), name
+        seconds = [float(cells[column]) for column in ("total s", "guidance s", "denoising s")]
+        assert seconds[0] == pytest.approx(seconds[1] + seconds[2], rel=0.01) and min(seconds) > 0
+    assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
+    assert float(table["mean", "no transfer"]["guidance s"]) < 0.5 * float(table["mean", "full method"]["guidance s"])
+
+
+def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
+    seen, noises, true = [], [], fastvmt.sample
+
+    def spy(dit, noise, sigmas, *contexts, **options):
+        seen.append((sigmas, options))
+        noises.append(noise)
+        return true(dit, noise, sigmas, *contexts, **options)
+
+    monkeypatch.setattr(fastvmt, "sample", spy)
+    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1", "steps=2"]
+    args = [*TABLE, "--out", tmp_path, "--strength", "0.9", "--seed", "3", "--checkpoint", "on"]
+    assert run_table(capsys, *args, "--rows", *rows)[0] == 0
+    (_, full), (_, first), (plain, none), (start, last), (short, _) = seen[1:]  # after the warm-up
+    assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
+    assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
+    assert last["reference"] is not None and start.equal(wan_min.flow_sigmas(3, 7.0, 0.5)) and last["cfg_scale"] == 1
+    assert len(short) == 3 and full["checkpoint"] is True
+    assert all(noise.equal(randn(*noise.shape, seed=3)) for noise in noises)
+    for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
+                      ("tau=x", "tau")):  # fmt: skip
+        code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
+        assert code == 2 and word in err and err.count("\n") == 1, err
+
+
+def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\na dog\n")
+    args = [*TABLE, "--rows", "w/o window loss", "tau=2", "--prompts", prompts, "--out"]
+    true, calls = table1.run_row, []
+
+    def run_row(*a):
+        calls.append(a)
+        latents, columns = true(*a)
+        return latents, columns | dict.fromkeys(["total s", "guidance s", "denoising s", "peak GiB"], 1.0)
+
+    monkeypatch.setattr(table1, "run_row", run_row)
+    whole = run_table(capsys, *args, tmp_path / "whole")[1]
+    assert len(calls) == 1 + 6  # the warm-up, then 2 prompts of 3 rows
+    results = tmp_path / "killed" / "results.jsonl"
+    for torn in (1, 2, 3):  # killed in the middle of writing this line
+        monkeypatch.setattr(table1, "run_row", lambda *a, n=iter(range(10)): [run_row(*a), next(n) < 2 or stop()][0])
+        code, _, err = run_table(capsys, *args, tmp_path / "killed")
+        assert code == 130 and "interrupted" in err
+        lines = results.read_text().splitlines(True)
+        assert len(lines) == torn
+        results.write_text("".join(lines) + lines[-1][:50])
+        assert len(table1.read_results(results)) == torn
+    monkeypatch.setattr(table1, "run_row", run_row)
+    calls.clear()
+    out = run_table(capsys, *args, tmp_path / "killed")[1]
+    assert len(calls) == 1 + 3 and out.endswith((tmp_path / "whole" / "table.md").read_text())
+    assert whole.endswith((tmp_path / "killed" / "table.md").read_text())
+    lines = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").open()] for name in ("whole", "killed")]
+    assert lines[0] == lines[1] and len({tuple(line["key"]) for line in lines[0]}) == 6
+    calls.clear()
+    monkeypatch.setattr(wan_min, "load", None)  # what is on disk needs no model
+    assert run_table(capsys, *args, tmp_path / "killed")[0] == 0 and not calls
+    results.write_text(results.read_text().replace(lines[0][0]["code"], "older"))
+    code, out, _ = run_table(capsys, *args, tmp_path / "killed", "--table-only")
+    assert code == 0 and not calls and "6 results" in out and "another version of the code" in out
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_tables_numbers_by_hand():
+    assert table1.mean_and_error([1.0, 2.0, 4.5]) == "2.5 ± 1.0"  # standard deviation 1.80, over √3
+    assert table1.mean_and_error([0.5, math.nan]) == "0.5" and table1.mean_and_error([math.nan]) == ""
+    assert table1.mean_and_error([3, 3, 3]) == "3" and table1.mean_and_error([0.1234, 0.1236]) == "0.12350 ± 0.00010"
+    args, _ = table1.parse_arguments(TABLE)
+    rows = table1.make_rows([*TABLE, "--rows", "tau=2"], table1.parse_arguments([*TABLE, "--rows", "tau=2"])[0], 4)
+    full, changed = (table1.settings_hash(row, args) for row in rows.values())
+    values = {(full, "a"): 1.0, (full, "b"): 5.0, (changed, "a"): 1.5, (changed, "b"): 6.5, (changed, "c"): 9.0,
+              ("else", "a"): 7.0}  # fmt: skip
+    argv = [*TABLE, "--rows", "blocks"]
+    blocks = {name: row.block for name, row in table1.make_rows(argv, table1.parse_arguments(argv)[0], 4).items()}
+    assert blocks == {"full method": 3, "block 1": 1, "block 2": 2, "block 4": 4}
+    lines = [{"key": [row, clip, "x", 0], "columns": {"error": value}} for (row, clip), value in values.items()]
+    table = read_table(table1.make_table(lines, rows, args))
+    assert table["mean", "full method"] == {"mean": "full method", "n": "2", "error": "3.0 ± 2.0"}
+    assert table["mean", "tau=2"]["n"] == "3"
+    paired = table["minus the full method", "tau=2"]  # of the clips that both have: 0.5 and 1.5
+    assert paired["n"] == "2" and paired["error"] == "1.00 ± 0.50"
+
+
+def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(effect, "texture_classes", lambda: "classes")
+    monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: (classes, "," in prompt) == ("classes", False))
+    monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
+    args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
+    code, out, err = run_table(capsys, *args, "block 2", "--out", tmp_path)
+    assert code == 0 and not err, err
+    lines = table1.read_results(tmp_path / "results.jsonl")
+    rows = ["full method", "block 2"]
+    cases = [("pan", 10007), ("pan", 10008), ("zoom", 10009)]
+    assert [(line["key"][1], line["row"]) for line in lines] == [(f"{c} {s}", row) for c, s in cases for row in rows]
+    for line in lines:
+        camera, seed = line["key"][1].split()
+        video, scene, prompt = toy.held_out(int(seed), camera, False)
+        assert line["key"][2:] == [prompt, int(seed) - 10000] and line["columns"]["prompt right"] == 1
+        written, _ = fastvmt.read_video(str(tmp_path / line["video"]), 9, video.shape[2:])
+        error = toy.motion_error(written[0], scene)
+        assert line["columns"]["motion error, px a frame"] == pytest.approx(error, abs=0.03)
+    assert len({line["video"] for line in lines}) == len(lines)
+
+
+def test_columns_of_real_videos(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "load_cotracker", lambda device: track_roll)
+    monkeypatch.setattr(metrics, "load_clip", lambda device: (_ for _ in ()).throw(OSError("no network\nat all")))
+    (opened,) = table1.open_metrics("cpu")
+    assert capsys.readouterr().out == "CLIP cannot be had, so its columns are left out (no network)\n"
+    columns = opened(roll_clip(1, 2))(roll_clip(2, 4), "x")
+    assert columns == {"motion fidelity": pytest.approx(1), "track error, px a frame": pytest.approx(5**0.5),
+                       "tracks": 18, "frames": 5}  # fmt: skip
+    features = torch.eye(4)[:2] + 1
+    monkeypatch.setattr(metrics, "clip_features", lambda model, tokenizer, video, prompt: (features, features[:1]))
+    columns = table1.clip_columns(("model", "tokenizer"), None)(None, "x")
+    cosine = (features[0] @ features[1] / 7).item()
+    assert columns == {
+        "text similarity": pytest.approx((1 + cosine) / 2),
+        "temporal consistency": pytest.approx(cosine),
+    }
+
+
+def test_cost_counts_attention_and_live_memory():
+    with torch.enable_grad():
+        q, k, v = (randn(1, 2, 64, 16, seed=n).requires_grad_() for n in range(3))
+        with cost.Cost([q, k, v]) as forward:
+            out = F.scaled_dot_product_attention(q, k, v)
+        product = 2 * 2 * 64 * 64 * 16
+        assert forward.flops == 2 * product and forward.peak >= 4 * out.nbytes
+        with cost.Cost() as backward:
+            out.sum().backward()
+    assert backward.flops == 5 * product  # QKᵀ once more
+    with cost.Cost([q]) as memory:
+        for _ in range(3):
+            x = torch.zeros(1000)
+            y = x.view(10, 100)[0].add(1)  # a view takes nothing
+            del x, y
+        torch.empty(10**6, device="meta")  # in host memory
+    assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
+
+
+def test_dry_run_and_bench(capsys, monkeypatch):
+    args = "--model tiny --device cpu --frames 5 --size 32x48 --cfg-scale 1 --steps 10 --guided-fraction 0.3".split()
+    parsed, model = table1.parse_arguments([*args, "--dtype", "fp32"])
+    clean = argparse.Namespace(**vars(parsed) | {"ref_noise": "clean"})
+    assert cost.run_counts(clean, fastvmt.motion_config(clean))["reference pass"] == 1
+    flops, peaks = counted = cost.count(parsed, model)
+    monkeypatch.setattr(cost, "count", lambda args, model: counted)
+    code, out, err = run_table(capsys, *args, "--dry-run")
+    assert code == 0 and not err, err
+    table = {row: list(cells.values()) for (_, row), cells in read_table(out).items()}
+    assert [cells[1] for cells in table.values()] == ["1", "3", "12", "12", "10", "1"]
+    tokens, dim, ffn = 2 * 2 * 3, 96, 192
+    attention, context = 2 * 2 * tokens * (tokens + 512) * dim, 2 * 512 * 2 * dim * dim
+    linear = 2 * tokens * dim * (6 * dim + 2 * ffn)
+    embedded = 2 * 512 * dim * (64 + dim) + 2 * 2 * tokens * dim * 64 + 2 * dim * (32 + dim + 6 * dim)
+    assert flops["velocity"][0] == 4 * (attention + context + linear) + embedded
+    # Block 3 is read, so two blocks run forward and, of latents alone, backward.
+    backward = flops["gradient"][0] - flops["reference pass"][0]
+    assert backward == pytest.approx(2 * (2.5 * attention + linear), rel=0.1)
+    assert flops["gradient"][1] - flops["gradient"][0] == pytest.approx(2 * (attention + context + linear), rel=0.1)
+    stored, recomputed, offloaded = peaks["gradient"]
+    block = sum(p.nbytes for p in wan_min.load(wan_min.DiT, "tiny").blocks[0].parameters())
+    assert stored > recomputed and 2 * block <= recomputed - offloaded < 4 * block  # two of four are there at most
+    code, out, err = run_table(capsys, *args, "--bench", "--checkpoint", "on", "--peak-tflops", "100")
+    assert code == 0 and not err, err
+    rows = {row: cells for (_, row), cells in read_table(out).items()}
+    assert set(rows) == set(table) and "A run: guidance" in out
+    for cells in rows.values():
+        assert float(cells["s"]) > 0 and float(cells["TFLOP/s"]) > 0 and cells["of the peak"] == "0%"
+    monkeypatch.undo()
+    assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")

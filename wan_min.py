@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
 
 Modules carry the parameter names of the official checkpoints, so weights load with no key mapping. Nothing here knows
@@ -593,6 +594,13 @@ CANVASES = {"tiny": ((64, 112), (112, 64)), "small": ((320, 480), (480, 320))}  
 DEFAULTS = {"tiny": dict(frames=33, block=3, window=3), "small": dict(frames=17, block=8)}
 
 
+# Of Wan's own configuration: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
 class ModelError(Exception):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
@@ -608,7 +616,7 @@ class Model(NamedTuple):
     max_frames: int  # the longest clip it was trained at
     fps: float  # frames per second it was trained at
     defaults: dict  # command line defaults of its own, by name of the flag
-    demo: Callable | None = None  # (num_frames, size) -> video (1, 3, T, H, W); None: fastvmt.demo_video
+    demo: Callable | None = None  # what reads the demo clip, with fastvmt.read_video's arguments; None: that
     describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
 
 
@@ -644,7 +652,8 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
-    canvases, defaults = CANVASES.get(name, ((480, 832), (832, 480))), DEFAULTS.get(name, {})
+    canvases = CANVASES.get(name, ((480, 832), (832, 480)))
+    defaults = {"negative_prompt": NEGATIVE_PROMPT} | DEFAULTS.get(name, {})
     return Model(arguments.get("num_layers", 30), encode, load_codec, load_dit, canvases, 81, 16.0, defaults)
 
 

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run costs: counted on tensors without data, or measured on this machine. Used by lab.table1.
+
+The FLOPs are those of matrix products, convolutions and attention, whose backward pass recomputes QKᵀ.
+"""
+
+import math
+import re
+import time
+import weakref
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import fastvmt
+import wan_min
+
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16
+
+# ---- Time and memory -------------------------------------------------------------------------------------------------
+
+
+def clock(device):
+    """Seconds, read once the device has done all that was asked of it."""
+    torch.zeros(1, device=device).item()
+    return time.perf_counter()
+
+
+def peak_memory(device, reset=False):
+    """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
+    if torch.device(device).type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    except (OSError, TypeError):  # TypeError: a sandbox's /proc may not tell the peak
+        return 0
+
+
+def count_passes(dit):
+    """A Counter of the DiT's seconds in velocities, block forwards (not recomputed ones) and block backwards."""
+    counts = Counter()
+
+    def passed(block, inputs, out):
+        if isinstance(out, torch.Tensor):  # not the Q and K of a block that ends there
+            counts["forwards"] += 1
+            if out.requires_grad:
+                out.register_hook(lambda gradient: counts.update(["backwards"]))
+
+    for block in dit.blocks:
+        block.register_forward_hook(passed)
+    dit.register_forward_pre_hook(lambda dit, inputs: counts.update(seconds=-clock(inputs[0].device)))
+    dit.register_forward_hook(lambda dit, inputs, out: counts.update(seconds=clock(out.device)))
+    return counts
+
+
+# ---- FLOPs and memory without a GPU ----------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+FORMULAS = flop_registry | {  # attention on CPU tensors counts as it does on a GPU
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}  # fmt: skip
+
+
+class Cost(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside, and the most bytes that its tensors and the `held` ones took at once.
+
+    What is on the device "meta" takes none: it stands for host memory.
+    """
+
+    def __init__(self, held=()):
+        super().__init__()
+        self.flops = self.live = self.peak = 0
+        self.storages = set()
+        for tensor in held:
+            self.hold(tensor)
+
+    def hold(self, tensor):
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.storages and tensor.device.type != "meta":
+            self.storages.add(id(storage))
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.release, id(storage), storage.nbytes())
+
+    def release(self, name, nbytes):
+        self.storages.remove(name)
+        self.live -= nbytes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket in FORMULAS:
+            self.flops += FORMULAS[func.overloadpacket](*args, **kwargs or {}, out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.hold(leaf)
+        return out
+
+
+class Inline:
+    """In place of offload_blocks' thread: like it without the modes of a checkpoint, but with those that count here."""
+
+    def __init__(self, threads):
+        pass
+
+    def submit(self, call, *args):
+        modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, (FakeTensorMode, Cost))]
+        with _disable_current_modes(), ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            result = call(*args)
+        return SimpleNamespace(result=lambda: result)
+
+
+def dit_phases(dit, noise, context, config, checkpoint):
+    """{name: function without arguments} of the DiT's part of a run, each once."""
+    grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
+    features = partial(fastvmt.motion_features, dit, sigma=0.9, context=context, config=config)
+    flow_settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
+    flow_ref, t = torch.zeros(2, device=noise.device), torch.full((1,), 900.0, device=noise.device)
+    QK = torch.randn(2, *grid, dit.head.head.in_features // dit.num_heads, device=noise.device)
+
+    def gradient(x, read):
+        def objective(x):
+            return fastvmt.motion_losses(flow_ref, *read(x), num_frames=grid[0], config=config)[0]
+
+        return fastvmt.optimize_latent(x, objective, steps=1)
+
+    return {
+        "reference pass": lambda: features(noise),
+        "gradient": lambda: gradient(noise, partial(features, checkpoint=checkpoint)),
+        "of it AMF, losses, optimizer": lambda: gradient(
+            QK, lambda x: fastvmt.attention_motion_flow(*x, **flow_settings)
+        ),
+        "velocity": lambda: dit(noise, t, context),
+    }
+
+
+def run_counts(args):
+    """How often a run does each of the phases."""
+    config = args.config
+    guided = fastvmt.guided_steps(args.steps, config)
+    gradients = guided * math.ceil(config.inner_steps / config.interval)
+    references = guided if config.ref_noise == "match" else min(guided, 1)
+    velocities = args.steps * (1 if args.cfg_scale == 1 else 2)
+    return {"encode": 1, "reference pass": references, "gradient": gradients, "of it AMF, losses, optimizer": gradients,
+            "velocity": velocities, "decode": 1}  # fmt: skip
+
+
+def latent_shape(args, model):
+    """Shapes of a run's video and latents."""
+    height, width = args.size or model.canvases[0]
+    return (1, 3, args.frames, height, width), (1, 16, (args.frames - 1) // 4 + 1, height // 8, width // 8)
+
+
+@torch.no_grad()
+def count(args, model):
+    """{phase: [FLOPs]}, and {phase: [peak bytes with all stored, with recomputation, with --offload]}."""
+    if args.model not in wan_min.ARCHITECTURES:
+        raise fastvmt.UserError(f"--dry-run and --bench know {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
+    arguments, vae_arguments, *_ = wan_min.ARCHITECTURES[args.model]
+    config, dtype = args.config, torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    video_shape, shape = latent_shape(args, model)
+    flops, peaks = {}, {}
+
+    def record(name, phase, held):
+        with Cost(held) as cost:
+            phase()
+        flops.setdefault(name, []).append(cost.flops)
+        peaks.setdefault(name, []).append(cost.peak)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae, video, latents = wan_min.VAE(**vae_arguments), torch.empty(video_shape), torch.empty(shape)
+        record("encode", lambda: vae.encode(video), [*vae.parameters(), video])
+        record("decode", lambda: vae.decode(latents), [*vae.parameters(), latents])
+    for checkpoint, offload in ((False, False), (True, False), (True, True)):
+        with torch.device("meta"):
+            dit = wan_min.cast(wan_min.DiT(**arguments), dtype).requires_grad_(False)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with patch.object(wan_min, "ThreadPoolExecutor", Inline):
+                dit = wan_min.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
+            noise, context = torch.empty(shape), torch.empty(1, wan_min.TEXT_LENGTH, dit.text_embedding[0].in_features)
+            for name, phase in dit_phases(dit, noise, context, config, checkpoint).items():
+                record(name, phase, [*dit.parameters(), noise, context])
+    return flops, peaks
+
+
+def dry_run(args, model):
+    """Markdown lines of FLOPs and memory of a run of this size, weights included; nothing is computed."""
+    flops, peaks = count(args, model)
+    counts = run_counts(args)
+    yield "| | times | TFLOP | recomputing | GiB, all stored | recomputing | and --offload |"
+    yield "|---" + "|--:" * 6 + "|"
+    for name, times in counts.items():
+        tera, giga = [f"{x / 1e12:.1f}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
+        tera, giga = tera + tera[:1] * (3 - len(tera)), giga + giga[:1] * (3 - len(giga))
+        yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
+    guidance, denoising = (sum(counts[name] * flops[name][0] for name in names) / 1e15
+                           for names in (("reference pass", "gradient"), ("velocity",)))  # fmt: skip
+    yield f"\nA run: guidance {guidance:.1f} PFLOP, denoising {denoising:.1f} PFLOP."
+
+
+# ---- On this machine -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bench(args, model, repeat=2):
+    """Markdown lines of seconds, FLOP/s and memory of each part of a run, beside what the dry run says."""
+    device, config = torch.device(args.device), args.config
+    args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    flops, dry = count(args, model)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    peak = args.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in card), 0)
+    checkpoint = args.checkpoint == "on" or args.offload
+    mode = 2 if args.offload else int(checkpoint)
+    counts, seconds, (video_shape, shape) = run_counts(args), {}, latent_shape(args, model)
+    context, video = model.encode_prompts(["x"]), torch.rand(video_shape, device=device) * 2 - 1
+    noise = torch.randn(shape, device=device)
+    yield f"{card}, {args.model}, {args.dtype}, {shape[2]} latent frames of {video_shape[3]}x{video_shape[4]}"
+    yield "\n| | times | s | TFLOP | TFLOP/s | of the peak | GiB | dry run's GiB |\n|---" + "|--:" * 7 + "|"
+
+    def measure(phases):
+        for name, phase in phases.items():
+            phase()  # what runs first is slow
+            times = []
+            peak_memory(device, reset=True)
+            for _ in range(repeat):
+                start = clock(device)
+                phase()
+                times.append(clock(device) - start)
+            seconds[name], work = min(times), flops[name][-1 if checkpoint else 0] / 1e12
+            rate = work / seconds[name]
+            share = f"{rate / peak:.0%}" if peak else ""
+            here, foretold = (x / 2**30 for x in (peak_memory(device), dry[name][min(mode, len(dry[name]) - 1)]))
+            numbers = " | ".join(f"{x:.3g}" for x in (counts[name], seconds[name], work, rate))
+            yield f"| {name} | {numbers} | {share} | {here:.3g} | {foretold:.3g} |"
+
+    codec = model.load_codec()
+    yield from measure({"encode": partial(codec.encode, video), "decode": partial(codec.decode, noise)})
+    del codec, video
+    dit = model.load_dit()
+    for block in dit.blocks if args.compile else ():
+        block.compile()
+    yield from measure(dit_phases(dit, noise, context, config, checkpoint))
+    guidance, denoising = (sum(counts[name] * seconds[name] for name in names)
+                           for names in (("reference pass", "gradient"), ("velocity",)))  # fmt: skip
+    yield f"\nA run: guidance {guidance:.3g} s, denoising {denoising:.3g} s."

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's Table 1 on your own clips: what each part of the method brings and what it costs.
+
+python -m lab.table1 --model 1.3B --refs DAVIS/JPEGImages/480p/*/ --prompts prompts.txt --out table1/
+python -m lab.table1 --model toy                              # the true error of the motion, on a laptop
+python -m lab.table1 --model toy --clips 24 --rows "tau=1" "interval=10" "window=none, interval=1"
+python -m lab.table1 --model 14B --dry-run                    # FLOPs and memory of a run, without a GPU
+python -m lab.table1 --model 1.3B --random-weights --bench    # its seconds and memory, on yours
+
+Each result is a line of OUT/results.jsonl as soon as it is known. A run that was killed goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fastvmt
+import wan_min
+from lab import cost, effect, metrics, toy
+
+ROWS = {  # name -> changes to the settings of the command line
+    "full method": "",
+    "w/o spatial window": "window=none",
+    "w/o window loss": "lambda_window=0",
+    "w/o step-skip": "interval=1",
+    "w/o window and step-skip": "window=none, interval=1",
+    "argmax centre": "center=argmax",
+    "matched reference": "ref_noise=match",
+    "clean reference": "ref_noise=0",
+    "preset paper": "preset=paper",
+    "preset release": "preset=release",
+    "preset ditflow": "preset=ditflow",
+    "no transfer": "no_transfer",
+}
+TOY_ROWS = ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer")
+TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
+# Arguments that neither decide a result nor its time, or that stand beside the settings in a result's key.
+OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "plain", "decode", "rows", "clips",
+          "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
+SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
+
+# ---- Rows and clips --------------------------------------------------------------------------------------------------
+
+
+def row_flags(changes):
+    """Changes such as "window=none, lr=0.003 0.002, no_transfer" as flags of the command line."""
+    flags = []
+    for change in filter(None, re.split(r",\s*", changes)):
+        name, _, value = change.partition("=")
+        flags += ["--" + name.strip().replace("_", "-"), *value.split()]
+    return flags
+
+
+def make_rows(argv, args, blocks):
+    """{name: arguments} of the rows that are asked for, the full method first, none twice."""
+    block_rows = {f"block {n}": f"block={n}" for n in range(1, blocks + 1)}
+    known, rows, hashes = ROWS | block_rows, {}, set()
+    wanted = args.rows or (TOY_ROWS if args.model == "toy" else [*ROWS])
+    for name in ["full method", *(name for row in wanted for name in (block_rows if row == "blocks" else [row]))]:
+        row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
+        if changed := [
+            key for key, value in vars(row).items() if key in SHARED | OTHERS - {"config"} and value != vars(args)[key]
+        ]:
+            raise fastvmt.UserError(f"row {name!r}: all rows share one {changed[0]}")
+        if not 1 <= row.block <= blocks:
+            raise fastvmt.UserError(f"row {name!r}: block {row.block} is outside the model's 1 to {blocks}")
+        if settings_hash(row, args) not in hashes:
+            rows[name] = row
+            hashes.add(settings_hash(row, args))
+    return rows
+
+
+def settings_hash(row, args):
+    """Of what decides a row's result but clip, prompt and seed; args' settings measure the flow of all rows."""
+    settings = [{k: v for k, v in vars(x).items() if k not in OTHERS | {"preset"}} for x in (row, args)]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def code_hash():
+    """Of the method and the model; a result of other code is not computed anew, but the table tells of it."""
+    files = b"".join(Path(module.__file__).read_bytes() for module in (fastvmt, wan_min))
+    return hashlib.sha256(files).hexdigest()[:12]
+
+
+class Clip(NamedTuple):
+    name: str
+    seed: int  # of the noise
+    prompts: list
+    video: object  # () -> (1, 3, T, H, W)
+    scene: dict | None = None  # of the toy's world
+
+
+def make_clips(args, model):
+    if args.model == "toy":
+        clips = []
+        for n, camera in zip(range(args.clips), TOY_CAMERAS * args.clips):
+            seed = args.seed + n
+            video, scene, prompt = toy.held_out(10000 + seed, camera, camera == "still")
+            clips.append(Clip(f"{camera} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
+        return clips
+    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
+    refs, prompts = args.refs or [args.ref], [line.strip() for line in lines if line.strip()]
+    if not prompts or not refs[0]:
+        raise fastvmt.UserError("--refs or --prompts are missing or empty")
+
+    size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
+    read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=args.fps or model.fps, start=args.start,
+                   turn=turn)  # fmt: skip
+    return [Clip(ref.rstrip("/"), args.seed, prompts, partial(read, ref)) for ref in refs]
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+
+
+def run_row(dit, counts, noise, reference, contexts, row):
+    """Latents of one row's run, and {column: value} of what it cost."""
+    device = noise.device
+    counts.clear()
+    cost.peak_memory(device, reset=True)
+    start = cost.clock(device)
+    latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference)
+    total = cost.clock(device) - start
+    return latents, {
+        "total s": total, "guidance s": total - counts["seconds"], "denoising s": counts["seconds"],
+        "gradients": 0 if row.no_transfer else cost.run_counts(row)["gradient"], "block forwards": counts["forwards"],
+        "block backwards": counts["backwards"], "peak GiB": cost.peak_memory(device) / 2**30,
+    }  # fmt: skip
+
+
+def flow_columns(measure, latents, flow_ref, num_frames, row, args):
+    """{column: value} of the flow of a result, read with args' settings, whatever the row's, so that rows compare."""
+    flow, entropy = measure(latents, args.config), measure(latents, row.config, entropy=True)
+    loss = fastvmt.amf_loss(flow_ref, flow, num_frames=num_frames, span=args.span, alpha=args.alpha)
+    return {"L_AMF": loss.item(), "flow cosine": fastvmt.flow_agreement(flow_ref, flow)[0],
+            "entropy": entropy.mean().item()}  # fmt: skip
+
+
+def motion_columns(tracker, reference):
+    """Function (result, prompt) -> {column: value} of the motion of videos (1, 3, T, H, W)."""
+    ref = metrics.visible_tracks(*tracker(reference))
+
+    def measure(result, prompt):
+        gen = metrics.visible_tracks(*tracker(result))
+        return {"motion fidelity": metrics.motion_fidelity(ref, gen).item(),
+                "track error, px a frame": metrics.track_error(ref, gen).item(), "tracks": len(gen),
+                "frames": gen.shape[1]}  # fmt: skip
+
+    return measure
+
+
+def clip_columns(clip, reference):
+    """Function (result, prompt) -> {column: value} of what a video (1, 3, T, H, W) shows."""
+
+    def measure(result, prompt):
+        frames, text = metrics.clip_features(*clip, result, prompt)
+        return {"text similarity": metrics.text_similarity(frames, text).item(),
+                "temporal consistency": metrics.temporal_consistency(frames).item()}  # fmt: skip
+
+    return measure
+
+
+def open_metrics(device):
+    """List of what makes, of a reference, a function (result, prompt) -> {column: value}; says what cannot be had."""
+    opened = []
+    for name, load, columns in (("CoTracker", metrics.load_cotracker, motion_columns),
+                                ("CLIP", metrics.load_clip, clip_columns)):  # fmt: skip
+        try:
+            opened.append(partial(columns, load(device)))
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            print(f"{name} cannot be had, so its columns are left out ({reason})")
+    return opened
+
+
+def read_results(path):
+    """The results on disk; a last line that a killed run left torn is not read."""
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+
+
+@torch.no_grad()
+def compute(rows, clips, args, model):
+    """Every result that is not on disk yet; the rows of a clip follow each other, so that their times compare."""
+    path, device = args.out / "results.jsonl", torch.device(args.device)
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without what a killed run left of its last line
+    done = {tuple(line["key"]) for line in read_results(path)}
+    jobs = [(clip, (settings_hash(row, args), clip.name, prompt, clip.seed), name)
+            for clip in clips for prompt in clip.prompts for name, row in rows.items()]  # fmt: skip
+    jobs = [job for job in jobs if job[1] not in done]
+    if not jobs:
+        return
+    prompts = [prompt for clip in clips for prompt in clip.prompts]  # all, so that a resumed run's batch is the same
+    prompts = list(dict.fromkeys(["", *(row.negative_prompt for row in rows.values()), *prompts]))
+    contexts = dict(zip(prompts, model.encode_prompts(prompts).split(1)))
+    codec, dit = model.load_codec(), model.load_dit()
+    for block in dit.blocks if args.compile else ():
+        block.compile()
+    real_weights = args.model not in ("toy", "tiny", "small") and not args.random_weights
+    opened = open_metrics(device) if real_weights else []
+    classes = effect.texture_classes() if args.model == "toy" else None
+    counts, warm = cost.count_passes(dit), False
+    for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
+        video = clip.video()
+        others = [columns(video) for columns in opened]
+        reference = codec.encode(video.to(device))
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
+
+        def measure(latents, config, noise=noise, **options):
+            x = fastvmt.match_noise(latents, noise, fastvmt.MEASURE_SIGMA)
+            return fastvmt.motion_features(dit, x, fastvmt.MEASURE_SIGMA, contexts[""], config, **options)[0]
+
+        flow_ref = measure(reference, args.config)
+        for _, key, name in jobs_of_clip:
+            row, prompt = rows[name], key[2]
+            inputs = noise, reference, (contexts[prompt], contexts[row.negative_prompt], contexts[""])
+            if not warm:  # what runs first is slow
+                short = {"steps": 1, "config": replace(row.config, inner_steps=1)}
+                run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | short))
+                warm = True
+            latents, columns = run_row(dit, counts, *inputs, row)
+            columns |= flow_columns(measure, latents, flow_ref, noise.shape[2] // dit.patch_size[0], row, args)
+            line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
+            result = codec.decode(latents) if clip.scene or others or args.keep_videos else None
+            if clip.scene:
+                columns["motion error, px a frame"] = toy.motion_error(result[0].cpu(), clip.scene)
+                columns["prompt right"] = float(effect.shows(result[0].cpu(), prompt, classes))
+            for other in others:
+                columns |= other(result, prompt)
+            if args.keep_videos:
+                line["video"] = f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.mp4"
+                fastvmt.write_video(args.out / line["video"], result, args.fps or model.fps, json.dumps(line))
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{clip.name}, {name}: {columns['total s']:.1f} s", flush=True)
+
+
+# ---- Table -----------------------------------------------------------------------------------------------------------
+
+
+def mean_and_error(values):
+    """Mean ± standard error, to two digits of that; NaN values, of clips where nothing moves, are left out."""
+    values = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+    if not len(values):
+        return ""
+    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else 0
+    if not error:
+        return f"{values.mean():.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
+
+
+def make_table(results, rows, args):
+    """Markdown of the rows' results: means, then paired differences to the full method, each ± standard error."""
+    cells = {name: {tuple(line["key"][1:]): line["columns"] for line in results if line["key"][0] == wanted}
+             for name, wanted in ((name, settings_hash(row, args)) for name, row in rows.items())}  # fmt: skip
+    columns = list(dict.fromkeys(column for row in cells.values() for cell in row.values() for column in cell))
+    full = cells["full method"]
+
+    def lines(title, values):
+        yield f"| {title} | n | {' | '.join(columns)} |"
+        yield "|---" + "|--:" * (len(columns) + 1) + "|"
+        for name, runs in values.items():
+            texts = [mean_and_error([run[column] for run in runs if column in run]) for column in columns]
+            yield f"| {name} | {len(runs)} | {' | '.join(texts)} |"
+
+    differences = {name: [{column: row[key][column] - full[key][column] for column in row[key] if column in full[key]}
+                          for key in row if key in full] for name, row in cells.items() if row is not full}  # fmt: skip
+    parts = [lines("mean", {name: list(row.values()) for name, row in cells.items()})]
+    parts += [lines("minus the full method", differences)] if differences else []
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    parser = fastvmt.build_parser()
+    parser.prog, parser.description = "python -m lab.table1", __doc__.splitlines()[0]
+    add = parser.add_argument_group("table 1").add_argument
+    add("--refs", nargs="+", help="reference clips, instead of --ref: videos, or folders of pictures")
+    add("--prompts", type=Path, help="file of prompts, one a line, instead of --prompt; each is tried on every clip")
+    add("--clips", type=int, default=4, help="how many clips of the toy's world")
+    names = ", ".join(map(repr, ROWS))
+    add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, 'blocks' (each block), or changes "
+        "of settings such as 'interval=10, tau=2'")  # fmt: skip
+    add("--keep-videos", action="store_true", help="write each result's video to OUT")
+    add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
+    add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, without a GPU")
+    add("--bench", action="store_true", help="no table, but seconds, FLOP/s and memory of each part of a run, here")
+    add("--peak-tflops", type=float, help="with --bench: the card's bf16 peak, if it is not a known card")
+    parser.set_defaults(out=Path("table1"))
+    no_weights = ["--random-weights"] if "--dry-run" in argv else []
+    args, config, model = fastvmt.parse_arguments([*argv, *no_weights], parser)
+    args.config = config
+    return args, model
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args, model = parse_arguments(argv)
+        if args.dry_run or args.bench:
+            for line in cost.bench(args, model) if args.bench else cost.dry_run(args, model):
+                print(line, flush=True)
+            return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        rows = make_rows(argv, args, model.blocks)
+        if not args.table_only:
+            compute(rows, make_clips(args, model), args, model)
+        results = read_results(args.out / "results.jsonl")
+        table = make_table(results, rows, args)
+        if old := sum(line["code"] != code_hash() for line in results):
+            table += f"\n\n{old} results in {args.out} come from another version of the code; give another --out."
+        (args.out / "table.md").write_text(table + "\n")
+        print(table)
+        return 0
+    except BaseException as error:
+        code, text = fastvmt.explain(error)
+        print(f"lab.table1: {text}; the same command goes on from here", file=sys.stderr)
+        return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
