@@ -877,7 +877,7 @@ def test_a_checkpoint_gives_the_video_of_its_modules(tmp_path, monkeypatch, shar
         contexts.append(F.pad(encoded, (0, 0, 0, 512 - ids.shape[1])))
     vae, noise = modules[wan_min.VAE], torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     latents = fastvmt.sample(modules[wan_min.DiT], noise, wan_min.flow_sigmas(2), *contexts[:2], null=contexts[2],
-                             reference=vae.encode(fastvmt.demo_video(5, (32, 48))),
+                             reference=vae.encode(fastvmt.read_video("demo", 5, (32, 48), fps=16.0)),
                              config=MotionConfig(block=3, inner_steps=2))  # fmt: skip
     close(written[0], vae.decode(latents), 1e-4)
     assert written[0].std() > 0.05
@@ -913,7 +913,8 @@ def test_random_contexts_differ_by_prompt():
 def test_open_model(tmp_path, offload):
     modules = write_checkpoint(tmp_path / "model")
     model = wan_min.open_model(str(tmp_path / "model"), "cpu", torch.bfloat16, offload=offload)
-    assert model[4:] == (((480, 832), (832, 480)), 81, 16.0, {}, None, None) and model.blocks == 4
+    assert model[4:7] == (((480, 832), (832, 480)), 81, 16.0) and model.blocks == 4
+    assert model.defaults == {"negative_prompt": wan_min.NEGATIVE_PROMPT}
     assert wan_min.open_model("14B", random_weights=True)[4:] == model[4:]
     seen = []
     dit, codec = model.load_dit(lambda items: seen.extend(items) or items), model.load_codec()
@@ -927,14 +928,13 @@ def test_open_model(tmp_path, offload):
 
 
 def test_small_models_have_defaults_of_their_own():
-    tiny, small = (wan_min.open_model(name) for name in ("tiny", "small"))
-    assert (tiny.canvases, tiny.defaults, tiny.blocks) == (
-        ((64, 112), (112, 64)),
-        dict(frames=33, block=3, window=3),
-        4,
-    )
-    assert (small.canvases, small.defaults, small.blocks) == (
-        ((320, 480), (480, 320)), dict(frames=17, block=8), 16)  # fmt: skip
+    for name, canvases, blocks, defaults in (
+        ("tiny", ((64, 112), (112, 64)), 4, dict(frames=33, block=3, window=3)),
+        ("small", ((320, 480), (480, 320)), 16, dict(frames=17, block=8)),
+    ):
+        model = wan_min.open_model(name)
+        assert (model.canvases, model.blocks) == (canvases, blocks)
+        assert model.defaults == defaults | {"negative_prompt": wan_min.NEGATIVE_PROMPT}
     with pytest.raises(wan_min.ModelError, match="1.3B, 14B, tiny, small, not some/repo"):
         wan_min.open_model("some/repo", random_weights=True)
 
@@ -1000,7 +1000,8 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "diffusion_pytorch_model.safetensors is damaged": cut(DIT_FILE),
         "Wan2.1_VAE.pth is damaged": cut(wan_min.VAE_FILE),
         "umt5-xxl-enc-bf16.pth is damaged": cut(wan_min.TEXT_FILE, 0.0),
-        "Wan2.1_VAE.pth is damaged (Weights only": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
+        "Wan2.1_VAE.pth is damaged (Weights only":
+            lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
         "without diffusion_pytorch_model*.safetensors": lambda folder: (folder / DIT_FILE).unlink(),
         "without google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
         "tokenizer.json is damaged": cut(wan_min.TOKENIZER_FILE),

@@ -636,7 +636,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
 
     def load_part(cls, device, progress=iter):
         if random:
-            return random_model(cls, ARCHITECTURES[name][cls is VAE], device, dtype)
+            return random_model(cls, ARCHITECTURES[name][0 if cls is DiT else 1], device, dtype)
         return load(cls, fetch(), device, dtype, progress)
 
     def encode(prompts):
