@@ -6,6 +6,7 @@ pip install -r requirements.txt pytest diffusers transformers && python -m pytes
 import argparse
 import dataclasses
 import html
+import inspect
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastvmt
 import wan_min
@@ -116,12 +119,12 @@ def test_amf_gradient_equals_that_of_the_equations():
     flow, key_mean = fastvmt.attention_motion_flow(Q, K, span=2, tile=(3, 4), window=3, max_elements=300)
     a, b = randn(*flow.shape, dtype=torch.float64), randn(*key_mean.shape, dtype=torch.float64)
     grads = torch.autograd.grad((flow * a).sum() + (key_mean * b).sum(), (Q, K))
-    total, grid = 0, (5, 7)
+    total = 0
     positions = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
     for p, (i, j) in enumerate(zip(*fastvmt.frame_pairs(3, 2))):
         queries = fastvmt.tile_queries(Q.detach(), (3, 4))
         centers = fastvmt.window_centers(queries[i][None], K.detach()[j][None])
-        index = fastvmt.window_indices(fastvmt.window_origins(centers, grid, (3, 3)), grid, (3, 3))[0]  # (N, M)
+        index = fastvmt.window_indices(centers, (5, 7), (3, 3))[0]  # (N, M)
         for r, c in itertools.product(range(5), range(7)):
             tile = r // 3 * 2 + c // 4
             keys = K[j].flatten(0, 1)[index[tile]]
@@ -156,10 +159,9 @@ def test_tiles_partition_the_grid_and_return():
 
 def test_window_is_shifted_into_the_grid_not_cropped():
     centers = torch.tensor([[[0, 0], [2, 3], [5, 8], [3, 7]]])
-    origins = fastvmt.window_origins(centers, (6, 9), (3, 5))
-    assert origins.tolist() == [[[0, 0], [1, 1], [3, 4], [2, 4]]]
-    assert fastvmt.window_indices(origins, (6, 9), (3, 5))[0, 1].tolist() == [
-        10, 11, 12, 13, 14, 19, 20, 21, 22, 23, 28, 29, 30, 31, 32]  # fmt: skip
+    windows = fastvmt.window_indices(centers, (6, 9), (3, 5))[0]
+    assert windows[:, 0].tolist() == [0, 9 + 1, 3 * 9 + 4, 2 * 9 + 4]
+    assert windows[1].tolist() == [10, 11, 12, 13, 14, 19, 20, 21, 22, 23, 28, 29, 30, 31, 32]
 
 
 def test_head_average_is_over_heads():
@@ -181,6 +183,14 @@ def test_losses_equal_the_equations(num_frames, span):
         for r, c in itertools.product(range(3), range(5)):
             true += weight * float(((ref[p, r, c] - gen[p, r, c]) ** 2).sum()) / (len(pairs) * 15)
     assert math.isclose(fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3).item(), true)
+    mask = torch.tensor([[0.0, 2.0, 0.0, 0.0, 1.0], [0.0] * 5, [3.0, 0.0, 0.0, 0.0, 0.0]])  # three tokens count
+    true = 0
+    for p, (a, b) in enumerate(pairs):
+        errors = [((ref[p, r, c] - gen[p, r, c]) ** 2).sum().item() for r, c in ((0, 1), (0, 4), (2, 0))]
+        decay = 1 - 0.3 * (b - a - 1) / max(span - 1, 1)
+        true += decay * (2 * errors[0] + errors[1] + 3 * errors[2]) / 6 / len(pairs)
+    weighted = fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3, weight=mask)
+    assert math.isclose(weighted.item(), true)
 
     key_mean = randn(len(pairs), 4, 6, dtype=torch.float64)
     for squared in (False, True):
@@ -196,8 +206,6 @@ def test_losses_equal_the_equations(num_frames, span):
 
 
 def test_losses_weights_and_gradients():
-    assert fastvmt.offset_weights(torch.arange(1, 6), 5).tolist() == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
-    assert fastvmt.offset_weights(torch.ones(1), 1).tolist() == [1.0]
     ref, gen = (randn(9, 3, 5, 2, seed=s).requires_grad_() for s in (1, 2))
     key_mean = randn(9, 4, 6).requires_grad_()
     config = MotionConfig(span=3, lambda_amf=2.0, lambda_window=0.5)  # 5 frames, span 3: 9 pairs
@@ -458,10 +466,11 @@ def test_guidance_lowers_the_loss(dit, clip):
     sigmas = wan_min.flow_sigmas(4, shift=1.0, strength=0.8)
     fastvmt.sample(dit, noise, sigmas, context, negative, reference=reference, null=null, config=config,
                    callback=callback)  # fmt: skip
-    assert [len(losses) for losses in steps] == [4, 4, 0, 0]  # ⌈10/3⌉ gradients in the first half of the steps
+    assert steps[2:] == [None, None]
     for losses in steps[:2]:
+        assert losses.shape == (4, 3)  # ⌈10/3⌉ gradients in the first half of the steps
         assert losses[-1][0] < 0.6 * losses[0][0]
-        for total, amf, window in losses:
+        for total, amf, window in losses.tolist():
             assert total == pytest.approx(5 * amf + window, rel=1e-5)
 
 
@@ -476,13 +485,13 @@ def test_sampler_features_of_the_reference(clip):
             return torch.zeros_like(x)
 
         def qk(self, x, t, context, block, checkpoint):
-            self.qk_calls.append((x.detach().clone(), t.item(), context, block, torch.is_grad_enabled()))
+            self.qk_calls.append((x.detach().clone(), t.item(), context, block, torch.is_grad_enabled(), checkpoint))
             q = x[..., ::2, ::2].flatten(2).transpose(1, 2)[:, :, None]
             return q, q
 
     sigmas, spy = wan_min.flow_sigmas(10, shift=3.0, strength=0.9), Spy()
-    run = dict(reference=reference, null=null)
-    for mode, references in (("match", 2), ("clean", 1)):
+    run = dict(reference=reference, null=null, checkpoint=True)
+    for mode, references in (("match", 2), (0.0, 1), (0.4, 1)):
         spy.qk_calls = []
         config = MotionConfig(block=7, inner_steps=4, interval=2, ref_noise=mode)
         fastvmt.sample(spy, noise, sigmas, context, negative, config=config, **run)
@@ -490,8 +499,9 @@ def test_sampler_features_of_the_reference(clip):
         of_result = [c for c in spy.qk_calls if c[2] is context]
         assert (len(of_reference), len(of_result)) == (references, 4) and len(spy.qk_calls) == references + 4
         assert all(c[3] == 7 for c in spy.qk_calls) and not any(c[4] for c in of_reference)
+        assert all(c[4] and c[5] for c in of_result)
         for sigma, (x, t, *_) in zip(sigmas.tolist(), of_reference):
-            level = sigma if mode == "match" else 0.0
+            level = sigma if mode == "match" else mode
             assert t == pytest.approx(1000 * level)
             close(x, (1 - level) * reference + level * noise, 1e-5)
         assert [c[1] for c in of_result] == pytest.approx([1000 * sigmas[n].item() for n in (0, 0, 1, 1)])
@@ -507,12 +517,32 @@ def test_features_and_losses_follow_the_settings(dit, clip):
         true = fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=5, tau=3.0, center=center)
         close(flow, true[0], 1e-4)
         close(key_mean, true[1], 1e-4)
-    shown = fastvmt.noised_flow(dit, reference, noise, null, config)  # at noise level 0.1
-    true = fastvmt.motion_features(dit, fastvmt.match_noise(reference, noise, 0.1), 0.1, null, config)[0]
-    assert torch.equal(shown, true)
-    _, amf, window = fastvmt.motion_losses(shown, flow, key_mean, num_frames=5, config=config)
-    assert amf == fastvmt.amf_loss(shown, flow, num_frames=5, span=3, alpha=0.5)
+        entropy, _ = fastvmt.motion_features(
+            dit, x, sigma, text, dataclasses.replace(config, center=center), entropy=True
+        )
+        true = fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=5, tau=3.0, center=center, entropy=True)
+        close(entropy, true[0], 1e-5)
+    ref = randn(*flow.shape)
+    _, amf, window = fastvmt.motion_losses(ref, flow, key_mean, num_frames=5, config=config)
+    assert amf == fastvmt.amf_loss(ref, flow, num_frames=5, span=3, alpha=0.5)
     assert window == fastvmt.window_loss(key_mean, num_frames=5, span=3, squared=True)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 4), (1, 3, 2), (2, 3, 4)])
+def test_patches_of_any_shape(clip, patch):
+    """Rows and columns of tokens are those of the latents over the patch's, frames too."""
+    noise, reference, context, negative, null = clip
+    noise, reference = noise[:, :, :4], reference[:, :, :4]
+    dit = wan_min.random_model(wan_min.DiT, TINY | dict(patch_size=patch))
+    frames, rows, cols = grid = 4 // patch[0], 12 // patch[1], 16 // patch[2]
+    config = dataclasses.replace(CONFIG, window=3)
+    flow, _ = fastvmt.motion_features(dit, reference, 0.5, null, config)
+    q, k = (part[0].mean(1).view(*grid, 24) for part in dit.qk(reference, torch.tensor([500.0]), null, 3))
+    close(flow, fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=3)[0], 1e-4)
+    assert flow.shape == (len(fastvmt.frame_pairs(frames, 3)[0]), rows, cols, 2)
+    latents = fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, reference=reference, null=null,
+                             config=config)  # fmt: skip
+    assert latents.shape == noise.shape and latents.isfinite().all()
 
 
 def test_guided_steps():
@@ -522,26 +552,147 @@ def test_guided_steps():
 
 def test_bad_arguments_of_the_method(clip, dit):
     noise, reference, context, negative, null = clip
-    for kwargs in (dict(reference=reference), dict(reference=reference[:, :, :1], null=null)):
-        with pytest.raises(ValueError, match="reference"):
-            fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, **kwargs)
-    kwargs = dict(reference=reference, null=null, config=MotionConfig(block=3, ref_noise="matched"))
-    with pytest.raises(KeyError, match="matched"):
-        fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, **kwargs)
+    two = torch.cat([noise, noise])
+    for start, kwargs in ((noise, dict(reference=reference)), (noise, dict(reference=reference[:, :, :1], null=null)),
+                          (two, dict(reference=two, null=null))):  # fmt: skip
+        with pytest.raises(ValueError, match="reference.*noise, one clip, .*null"):
+            fastvmt.sample(dit, start, wan_min.flow_sigmas(2), context, negative, **kwargs)
+    for change in (dict(block=0), dict(tile=(0, 4)), dict(tile=(3, 0)), dict(window=0), dict(span=0), dict(interval=0),
+                   dict(inner_steps=0), dict(center="middle"), dict(ref_noise="clean"), dict(ref_noise=-0.1),
+                   dict(ref_noise=1.1), dict(ref_noise=math.nan), dict(ref_noise=None)):  # fmt: skip
+        with pytest.raises(fastvmt.UserError, match=[*change][0]):
+            MotionConfig(**change)
     x = randn(3, 4, 5, 6)
-    for frames, kwargs in ((1, {}), (3, dict(span=0)), (3, dict(window=0)), (3, dict(center="middle"))):
-        with pytest.raises(ValueError, match="at least|center"):
+    for frames, kwargs in ((1, {}), (3, dict(span=0)), (3, dict(window=0))):
+        with pytest.raises(ValueError, match="at least"):
             fastvmt.attention_motion_flow(x[:frames], x[:frames], **kwargs)
     with pytest.raises(ValueError, match="do not divide"):
         dit(noise[..., 1:], torch.ones(1), context)
 
 
-def test_a_latent_that_is_not_finite_stops_the_run(clip):
-    def broken(x, t, context):
-        return x * (math.nan if t < 900 else 1)
+def test_batches_without_a_reference_are_sampled(clip, dit):
+    noise, _, context, negative, _ = clip
+    two, sigmas = torch.cat([noise, noise.flip(2)]), wan_min.flow_sigmas(2)
+    together = fastvmt.sample(dit, two, sigmas, context.expand(2, -1, -1), negative.expand(2, -1, -1))
+    for n in (0, 1):
+        close(together[n : n + 1], fastvmt.sample(dit, two[n : n + 1], sigmas, context, negative), 1e-4)
 
-    with pytest.raises(FloatingPointError, match="step 3 of 5"):
-        fastvmt.sample(broken, clip[0], wan_min.flow_sigmas(5, shift=3.0), clip[2], clip[3])
+
+def test_a_bf16_reference_is_computed_with_in_fp32(clip, dit):
+    noise, reference, context, negative, null = clip
+    half = reference.bfloat16()
+    results = [fastvmt.sample(dit, noise, wan_min.flow_sigmas(2, 1.0, 0.7), context, negative, reference=x, null=null,
+                              config=CONFIG) for x in (half, half.float())]  # fmt: skip
+    assert results[0].dtype == torch.float32 and torch.equal(*results)
+
+
+def test_the_defaults_are_the_papers():
+    assert dataclasses.asdict(MotionConfig()) == dict(
+        block=15, tile=(3, 4), window=21, span=5, tau=1.0, center="soft", alpha=0.2, lambda_amf=5.0, lambda_window=1.0,
+        squared=False, guided_fraction=0.2, inner_steps=10, interval=3, lr=(0.003, 0.002), ref_noise=0.0,
+    )  # fmt: skip
+    seen = set()
+    for function, names in ((fastvmt.attention_motion_flow, "span tile window tau center"), (fastvmt.amf_loss,
+        "span alpha"), (fastvmt.window_loss, "span squared"), (fastvmt.optimize_latent, "inner_steps interval lr"),
+        (fastvmt.window_centers, "tau center")):  # fmt: skip
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        defaults["inner_steps"] = defaults.pop("steps", None)
+        for name in names.split():
+            assert defaults[name] == getattr(MotionConfig(), name), (function.__name__, name)
+        seen |= set(names.split())
+    assert seen == {f.name for f in dataclasses.fields(MotionConfig)} - {
+        "block", "lambda_amf", "lambda_window", "guided_fraction", "ref_noise"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Purity and memory: on the device "meta" tensors have shapes but no numbers, so that nothing can be read back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tensors(TorchDispatchMode):
+    """Sees every tensor that is made inside: those of one or more dimensions must be on the device that is named.
+
+    (Numbers, such as AdamW's count of steps, may stay on the host.) `peak` is the most bytes that lived at once.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.live, self.peak, self.seen = device, 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dim():
+                assert x.device.type == self.device, f"{op} made a tensor {tuple(x.shape)} on {x.device}"
+                self.count(x.untyped_storage())
+        return out
+
+    def count(self, storage):
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, storage.nbytes())
+
+    def forget(self, nbytes):
+        self.live -= nbytes
+
+
+def test_the_method_makes_every_tensor_on_its_device_and_reads_none_back():
+    sizes = (1, 16, 5, 12, 16), (1, 16, 5, 12, 16), (1, 7, 16), (1, 7, 16), (1, 7, 16)
+    with torch.device("meta"):
+        dit = wan_min.DiT(**TINY | dict(num_layers=2)).requires_grad_(False)
+        noise, reference, context, negative, null = (torch.empty(size) for size in sizes)
+        flow = torch.empty(9, 6, 8, 2)
+        weight = torch.empty(6, 8)
+    sigmas = wan_min.flow_sigmas(2)
+    with Tensors("meta"):
+        for checkpoint, change in ((False, dict(center="argmax", window=None, squared=True)),
+                                   (True, dict(ref_noise="match"))):  # fmt: skip
+            config, losses = dataclasses.replace(CONFIG, block=2, inner_steps=2, interval=1, **change), []
+            latents = fastvmt.sample(dit, noise, sigmas, context, negative, reference=reference, null=null,
+                                     config=config, checkpoint=checkpoint,
+                                     callback=lambda step, x, found, losses=losses: losses.append(found))  # fmt: skip
+            assert latents.is_meta and latents.shape == noise.shape and losses[0].is_meta and losses[1] is None
+            assert fastvmt.motion_features(dit, latents, 0.1, null, config, entropy=True)[0].shape == (9, 6, 8, 1)
+        assert fastvmt.amf_loss(flow, flow, num_frames=5, span=3, weight=weight).is_meta
+    with Tensors("meta"), pytest.raises(AssertionError, match="on cpu"):
+        torch.arange(3)
+
+
+def test_the_whole_path_makes_every_tensor_on_the_device_asked_for(tmp_path, monkeypatch):
+    """Prompts, video to latents, guided sampling, latents to video; all from a checkpoint's files."""
+    true, sigmas = wan_min.TextEncoder.forward, wan_min.flow_sigmas(1)
+
+    def watched(*args):
+        with Tensors("meta"):
+            return true(*args)
+
+    monkeypatch.setattr(wan_min.TextEncoder, "forward", watched)
+    write_checkpoint(tmp_path / "m")
+    for offload in (False, True):
+        model = wan_min.open_model(str(tmp_path / "m"), "meta", torch.bfloat16, offload=offload)
+        video = torch.empty(1, 3, 5, 32, 48, device="meta")
+        contexts = model.encode_prompts(["a red fox", "", ""])
+        codec, dit = model.load_codec(), model.load_dit()
+        with Tensors("meta"):
+            reference = codec.encode(video)
+            latents = fastvmt.sample(dit, torch.empty_like(reference), sigmas, *contexts.split(1)[:2],
+                                     reference=reference, null=contexts[2:], checkpoint=offload,
+                                     config=MotionConfig(block=2, inner_steps=1))  # fmt: skip
+            decoded = codec.decode(latents)
+        assert decoded.is_meta and decoded.shape == video.shape and contexts.is_meta and contexts.shape[:2] == (3, 512)
+
+
+def test_the_papers_shape_takes_no_more_memory_than_told():
+    """81 frames of 480x832: 21 latent frames of 30×52 tokens in 130 tiles; all keys gathered at once are 2.6 GB."""
+    Q, K = (torch.empty(21, 30, 52, 128, device="meta", requires_grad=True) for _ in range(2))
+    with Tensors("meta") as tensors:
+        flow, key_mean = fastvmt.attention_motion_flow(Q, K)
+        forward = tensors.peak
+        torch.autograd.grad(flow.sum() + key_mean.sum(), (Q, K))
+    assert flow.shape == (95 - 5, 30, 52, 2) and key_mean.shape == (90, 130, 128)
+    assert forward < 7 * 2**25 and tensors.peak < 11 * 2**25  # max_elements is 2**25, of 4 bytes
 
 
 def test_flow_sigmas():
