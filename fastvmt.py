@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FastVMT: training-free video motion transfer on Wan 2.1, in one file.
 
 Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2), whose equation, section and
@@ -5,8 +6,6 @@ appendix numbers stand below, in its order. The method needs torch and einops on
 the run that uses it. Shapes in comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame
 pairs, N tiles (the paper's P), T tokens a tile, M window tokens. Positions and flows are (row, column) in tokens.
 """
-
-# SPDX-License-Identifier: Apache-2.0
 
 import math
 from dataclasses import dataclass, field, fields
@@ -68,8 +67,7 @@ def head_average(x, grid):
 
 
 def frame_pairs(num_frames, span, device=None):
-    """Pairs {(i, j): 1 ≤ j−i ≤ span} (eqs. 3, 5): two long (P,), ordered by offset, then by anchor i."""
-    # i = j is in eq. 3's window but carries no motion.
+    """Pairs {(i, j): 1 ≤ j−i ≤ span} (eqs. 3, 5, less i = j, where nothing moves): long (P,), by offset, then by i."""
     pairs = [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
     return torch.tensor(pairs, device=device).unbind(1)
 
@@ -173,7 +171,6 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     N, T, _ = tokens.shape
     elements_per_pair = N * math.prod(size) * (D + T) + H * W * (D + N)
     chunk = max(1, max_elements // elements_per_pair)
-
     found, corners = [], []
     for pairs in zip(i.split(chunk), j.split(chunk)):
         with torch.no_grad():
@@ -207,11 +204,10 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
     An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4); one with fewer than two adds 0.
     The norm is B.4's; squared=True gives eq. 7's.
     """
-    lengths = [num_frames - d for d in range(1, min(span + 1, num_frames))]
-    by_offset = key_mean.split(lengths)[: span - 1]  # K̄ of pair (i, i+d) is by_offset[d−1][i]
+    by_offset = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])
     loss = key_mean.new_zeros(())
     for i in range(num_frames):
-        path = [means[i] for means in by_offset if i < len(means)]  # one (N, D) for each target of anchor i
+        path = [means[i] for means in by_offset[: span - 1] if i < len(means)]  # K̄_{i→i+1}, K̄_{i→i+2}, …: (N, D)
         if len(path) > 1:
             change = torch.stack(path).diff(dim=0)  # (targets−1, N, D)
             norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)
@@ -326,6 +322,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -338,8 +337,6 @@ SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colour
 
 def run_ffmpeg(task, *arguments, data=b""):
     """Run ffmpeg with `data` as its standard input; its standard output and its log. UserError if it cannot `task`."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
     command = [get_ffmpeg_exe(), "-y", "-v", "level+info", *map(str, arguments)]
     done = subprocess.run(command, input=data, capture_output=True)
     log = done.stderr.decode(errors="replace")
@@ -406,10 +403,6 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     return rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w") / 127.5 - 1
 
 
-def kept_path(args):
-    return args.decode or args.out.with_suffix(".latents.safetensors")
-
-
 def partial_path(path):
     path = Path(os.path.realpath(path))  # of what a symbolic link leads to
     return path.with_name(f".{path.stem}.partly-written.mp4")
@@ -421,17 +414,15 @@ def write_video(path, video, fps, comment=""):
         raise UserError(f"{path} is not written, as the video is not finite")
     frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for frame in video[0].unbind(1)]
     pixels = rearrange(frames, "t c h w -> t h w c").cpu().numpy()
-    source = f"-f rawvideo -pix_fmt rgb24 -s {pixels.shape[2]}x{pixels.shape[1]} -r {fps} -i -".split()
     # The scaler sets the matrix; players are told of it by frames' tags or, in older ffmpegs, by the encoder's.
-    tags = "setparams=color_primaries=bt709:color_trc=bt709 -color_primaries bt709 -color_trc bt709"
-    color = f"-vf scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},{tags} -colorspace bt709 -color_range tv"
-    encode = "-xerror -c:v libx264 -crf 17 -pix_fmt yuv420p -movflags +faststart -metadata".split()
+    options = f"""-f rawvideo -pix_fmt rgb24 -s {pixels.shape[2]}x{pixels.shape[1]} -r {fps} -i -
+        -vf scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},setparams=color_primaries=bt709:color_trc=bt709
+        -color_primaries bt709 -color_trc bt709 -colorspace bt709 -color_range tv
+        -xerror -c:v libx264 -crf 17 -pix_fmt yuv420p -movflags +faststart -metadata""".split()
     part = partial_path(path)
     try:
-        run_ffmpeg(f"write {path}", *source, *color.split(), *encode, f"comment={comment}", part, data=pixels.tobytes())
+        run_ffmpeg(f"write {path}", *options, f"comment={comment}", part, data=pixels.tobytes())
         part.replace(os.path.realpath(path))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -448,8 +439,6 @@ def compare_video(clips, flows):
     clips: name -> (1, 3, T, h, w) in [-1, 1], under 240 rows shown n times as large; flows: each one's AMF
     (F−1, H, W, 2) to the next latent frame, drawn to one common scale.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     videos = torch.cat([clip.float().cpu() for clip in clips.values()])
     zoom = math.ceil(240 / videos.shape[3])
     videos = repeat(videos, "n c t h w -> n c t (h a) (w b)", a=zoom, b=zoom)
@@ -468,7 +457,6 @@ def compare_video(clips, flows):
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PRESETS = {  # settings that people compare; what a setting cannot say is in the README
     "paper": {"ref_noise": "match", "strength": 1.0},  # Sec. 4.1 to the letter
     # The authors' example; its L_AMF sums over 1560 tokens, so that its window loss weighs 1/1560.
@@ -480,14 +468,12 @@ PRESETS = {  # settings that people compare; what a setting cannot say is in the
 }  # fmt: skip
 
 
-def parse_size(text):
-    size = re.fullmatch(r"(\d{2,4})[xX](\d{2,4})", text)
-    if not size:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HxW, such as 480x832")
-    return tuple(max(32, round(int(side) / 16) * 16) for side in size.groups())
+def HxW(text):  # argparse shows these names
+    height, width = (round(int(side) / 16) * 16 for side in text.lower().split("x"))
+    return max(height, 32), max(width, 32)
 
 
-def int_or_none(text):  # argparse shows this name
+def int_or_none(text):
     return None if text == "none" else int(text)
 
 
@@ -511,7 +497,7 @@ def build_parser():
     add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
     add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
     add("--preset", choices=PRESETS, help="settings to compare with: the paper's, its release's, DiTFlow's")
-    add("--size", type=parse_size, help="of the output, HxW; if not given the model's own, turned like the reference")
+    add("--size", type=HxW, help="of the output, HxW; if not given the model's own, turned like the reference")
     add("--frames", type=int, default=81, help="use at most this many frames, rounded down to 4k+1 (Sec. 4.1)")
     add("--fps", type=float, help="frames per second of reference and output; if not given the model's own")
     add("--start", type=float, default=0.0, help="seconds into the reference")
@@ -521,7 +507,7 @@ def build_parser():
     add("--negative-prompt", default="", help="what to steer away from; if not given the model's own")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add("--device", default=device, help="torch device")
-    add("--dtype", choices=DTYPES, help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
+    add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
     add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
     add("--offload", action="store_true", help="keep the blocks' weights in host memory and stream them to the device")
     add("--vae-tiles", action="store_true", help="encode and decode in tiles of 30x52 latents always (Sec. 4.1)")
@@ -533,8 +519,8 @@ def build_parser():
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
         example, nargs = (f.default[0], 2) if isinstance(f.default, tuple) else (f.default, None)
-        options = {"action": "store_true"} if example is False else {
-            "type": types.get(f.name, type(example)), "nargs": nargs, "default": f.default}  # fmt: skip
+        value = {"type": types.get(f.name, type(example)), "nargs": nargs, "default": f.default}
+        options = {"action": "store_true"} if example is False else value
         add("--" + f.name.replace("_", "-"), help=f.metadata["help"], **options)
     return parser
 
@@ -547,10 +533,10 @@ def parse_arguments(argv, parser=None):
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
-    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    full = args.dtype == "fp32" or args.dtype is None and device.type == "cpu"
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
-    model = source.open_model(args.model, device, dtype, offload=args.offload, random_weights=args.random_weights,
-                              vae_tiles=args.vae_tiles)  # fmt: skip
+    model = source.open_model(args.model, device, torch.float32 if full else torch.bfloat16, offload=args.offload,
+                              random_weights=args.random_weights, vae_tiles=args.vae_tiles)  # fmt: skip
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
@@ -558,10 +544,10 @@ def parse_arguments(argv, parser=None):
     return args, config, model
 
 
-def check_arguments(args, config, model):
-    """UserError for what can be told to be wrong before anything is read or loaded."""
-    if args.ref is None or not (args.prompt or "").strip():
-        raise UserError("--ref or --prompt is missing, or the prompt is empty")
+def check_arguments(args, config, model, kept):
+    """UserError or OSError for what can be told to be wrong before anything is read or loaded."""
+    if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
+        raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
     if config.block > model.blocks:
         raise UserError(f"--block {config.block} is outside the model's 1 to {model.blocks}")
     limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
@@ -575,14 +561,11 @@ def check_arguments(args, config, model):
         raise UserError("--ref, --out and --compare must be different files")
     if any(path.suffix.lower() != ".mp4" or os.path.isdir(path) for path in outputs):
         raise UserError("--out and --compare must be file names that end in .mp4")
-    for path in (kept_path(args), *map(partial_path, outputs)):
-        try:
-            existed = path.exists()
-            path.open("ab").close()
-            existed or path.unlink()
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror})") from None
-    if shutil.disk_usage(args.out.absolute().parent).free < 2**27:
+    for path in (kept, *map(partial_path, outputs)):
+        existed = path.exists()
+        path.open("ab").close()  # OSError where it cannot be written
+        existed or path.unlink()
+    if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free where {args.out} is to be written")
 
 
@@ -596,8 +579,8 @@ def generate(args, config, dit, noise, contexts, reference):
     def callback(step, x, losses):
         if not torch.isfinite(x).all():
             raise UserError(f"the latent is not finite after step {step + 1} of {args.steps}; try --dtype fp32")
-        if losses is not None:
-            bar.set_postfix_str("loss {:.4g} (AMF {:.4g}, window {:.4g})".format(*losses[-1].tolist()))
+        text = "loss {:.4g} (AMF {:.4g}, window {:.4g})"
+        bar.set_postfix_str("" if losses is None else text.format(*losses[-1].tolist()))
         bar.update(step + 1 - bar.n)
 
     with tqdm(total=args.steps, desc="sampling", mininterval=1) as bar:
@@ -614,17 +597,16 @@ def generate(args, config, dit, noise, contexts, reference):
 @torch.no_grad()
 def run(args, config, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
-    check_arguments(args, config, model)
-    fps, progress = args.fps or model.fps, partial(tqdm, leave=False, disable=None)
+    kept = args.decode or args.out.with_suffix(".latents.safetensors")
+    check_arguments(args, config, model, kept)
+    saved, fps = args.decode and load_file(kept), args.fps or model.fps
+    progress = partial(tqdm, leave=False, disable=None)
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
-    if args.ref == "demo" and model.demo:
-        video = model.demo(args.frames, size)
-    else:
-        video = read_video(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
+    read = model.demo if args.ref == "demo" and model.demo else read_video
+    video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
     # What made the video, for its metadata; the paper's ethics statement promises such a marking.
     record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__}
-    record = json.dumps(record | {"ref": os.path.basename(args.ref)}, default=str)
-
+    record = json.dumps(record | {"ref": os.path.basename(args.ref)}, default=os.path.basename)
     notices = {
         f"only {video.shape[2]} frames: the reference is shorter than --frames": video.shape[2] < args.frames - 3,
         f"the model was trained on clips of up to {model.max_frames} frames": video.shape[2] > model.max_frames,
@@ -640,11 +622,11 @@ def run(args, config, model):
     dit = model.load_dit(progress)
     for block in dit.blocks if args.compile else ():
         block.compile()
-    latents, kept = {"reference": reference}, kept_path(args)
+    latents = {"reference": reference}
     if args.plain:
         latents["plain"] = generate(args, config, dit, noise, contexts, None)
-    if args.decode:
-        latents["result"] = load_file(kept)["latents"].to(args.device)
+    if saved:
+        latents["result"] = saved["latents"].to(args.device)
     else:
         latents["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
         save_file({"latents": latents["result"].cpu()}, kept)
@@ -660,37 +642,37 @@ def run(args, config, model):
         write_video(args.compare, compare_video(clips, [flow[: noise.shape[2] - 1] for flow in flows]), fps, record)
     cosine, error = flow_agreement(flows[0], flows[-1])
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
-    print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    print(f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")
+    print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens\n"
+          f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")  # fmt: skip
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 
 
-def advice(error):
-    """The one line that a user needs; raises an error that is not the user's."""
-    if isinstance(error, (UserError, wan_min.ModelError, OSError)):
-        return " ".join(str(error).split())
+def explain(error):
+    """Exit code and one line for what the user can set right; raises any other error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, (UserError, wan_min.ModelError, OSError, SafetensorError)):
+        return 2, " ".join(str(error).split())
     if wan_min.out_of_memory(error):
-        return "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
+        return 1, "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
     raise error
 
 
 def main(argv=None):
     """The command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may not know τ
     try:
         run(*parse_arguments(argv))
         return 0
     except BrokenPipeError:  # as of `| head`
         os._exit(1)
-    except KeyboardInterrupt:
-        code, text = 130, "interrupted"
-    except Exception as error:
-        code, text = 2, advice(error)
+    except BaseException as error:
+        code, text = explain(error)
     print(f"fastvmt: {text}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may not know σ
     sys.exit(main())

@@ -1041,7 +1041,7 @@ def test_without_config_the_official_layout_of_that_width_is_expected(tmp_path, 
         modules = [wan_min.DiT(**wan_min.ARCHITECTURES[name][0]) for name in (model, other)]
     weights, others = ({name: (tuple(p.shape), None) for name, p in module.state_dict().items()} for module in modules)
     others["patch_embedding.bias"] = weights["patch_embedding.bias"]
-    monkeypatch.setattr(wan_min, "checkpoint_files", lambda folder: {wan_min.DiT: [folder / "dit"]})
+    monkeypatch.setattr(wan_min, "checkpoint_files", lambda folder, config: {wan_min.DiT: [folder / "dit"]})
     monkeypatch.setattr(wan_min, "read_tensors", lambda path: weights)
     assert wan_min.check_checkpoint(tmp_path, [wan_min.DiT])[wan_min.DiT][0] == wan_min.ARCHITECTURES[model][0]
     monkeypatch.setattr(wan_min, "read_tensors", lambda path: others)
@@ -1094,7 +1094,7 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
     good = tmp_path / "good"
-    write_checkpoint(good)
+    modules = write_checkpoint(good)
 
     def dit(change):
         def spoil(folder):
@@ -1126,6 +1126,14 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         for name in ("head.head.bias", "blocks.1.modulation", "blocks.2.ffn.0.weight", "blocks.3.ffn.0.weight"):
             del weights[name]
 
+    def other_name(old, new):
+        return lambda folder: (folder / old).rename(folder / new)
+
+    def fp8(folder):
+        weights = modules[wan_min.TextEncoder].state_dict()
+        weights["norm.weight"] = weights["norm.weight"].to(torch.float8_e4m3fn)
+        torch.save(weights, folder / wan_min.TEXT_FILE)
+
     class Malicious:
         def __reduce__(self):
             return Path.touch, (tmp_path / "touched",)
@@ -1137,14 +1145,20 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "head.head.weight is (64, 95), not (64, 96)":
             dit(lambda weights: weights.update({"head.head.weight": torch.ones(64, 95)})),
         "'i2v' model": config(model_type="i2v"),
+        "is a Diffusers checkpoint: only the official layout can be read, as Wan-AI/Wan2.1-T2V-1.3B":
+            other_name(wan_min.VAE_FILE, "model_index.json"),
+        "is a Diffusers": other_name(wan_min.VAE_FILE, "transformer"),
+        "is a Wan 2.2 checkpoint": other_name(wan_min.VAE_FILE, "high_noise_model"),
+        "with an fp8 text encoder": other_name(wan_min.TEXT_FILE, "models_t5_umt5-xxl-enc-fp8.pth"),
+        "holds fp8 weights": fp8,
         "no valid JSON": cut("config.json"),
         "diffusion_pytorch_model.safetensors is damaged": cut(wan_min.DIT_FILE),
         "Wan2.1_VAE.pth is damaged": cut(wan_min.VAE_FILE),
         "umt5-xxl-enc-bf16.pth is damaged": cut(wan_min.TEXT_FILE, 0.0),
         "Wan2.1_VAE.pth is damaged or": lambda folder: torch.save({"a": Malicious()}, folder / wan_min.VAE_FILE),
-        "lacks gone-1.safetensors, gone-2.safetensors": index,
+        "without gone-1.safetensors, gone-2.safetensors": index,
         "not an index of weight files": partial(index, text="[]"),
-        "lacks google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
+        "without google/umt5-xxl/tokenizer.json": lambda folder: (folder / wan_min.TOKENIZER_FILE).unlink(),
         "tokenizer.json is damaged": cut(wan_min.TOKENIZER_FILE),
     }  # fmt: skip
     for n, (message, spoil) in enumerate(cases.items()):
@@ -1158,49 +1172,107 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
     assert not (tmp_path / "touched").exists() and not (tmp_path / "o.mp4").exists()
 
 
-def test_weights_from_the_hub(tmp_path, monkeypatch, capsys):
+def test_files_are_named_as_what_they_are(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(1)}, "motion.safetensors")
+    save_file({"blocks.0.self_attn.q.weight": torch.ones(1)}, "models/wan.safetensors")
+    (tmp_path / "wan.gguf").touch()
+    (tmp_path / "notes.txt").touch()
+    for name, message in {
+        "motion.safetensors": "motion.safetensors is a LoRA: .* Wan-AI/Wan2.1-T2V-1.3B",
+        "models/wan.safetensors": "is a repackaged checkpoint", "wan.gguf": "is a GGUF checkpoint",
+        "notes.txt": "is not a checkpoint", "models/foo": "unknown model 'models/foo'",
+        "nowhere/wan.safetensors": "unknown model", "a/b/c": "unknown model", "~/wan": "unknown model",
+        "nonsense": "unknown model 'nonsense': .*toy, 1.3B, 14B, tiny, small",
+    }.items():  # fmt: skip
+        with pytest.raises(wan_min.ModelError, match=message):
+            wan_min.open_model(name)
+
+
+class Hub:
+    """What open_model asks huggingface_hub for; `fail` is raised where the network is needed."""
+
+    def __init__(self, monkeypatch, folder, files=("config.json",), fail=None):
+        self.folder, self.files, self.fail, self.calls = folder, files, fail, []
+        for name in ("hf_hub_download", "model_info", "snapshot_download"):
+            monkeypatch.setattr(f"huggingface_hub.{name}", partial(self.call, name))
+
+    def call(self, name, repo, filename=None, local_files_only=False, **options):
+        from huggingface_hub.utils import LocalEntryNotFoundError
+
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        self.calls.append((name, repo, options))
+        if self.fail:
+            raise self.fail
+        siblings = [argparse.Namespace(rfilename=name) for name in self.files]
+        return argparse.Namespace(siblings=siblings) if name == "model_info" else str(self.folder / (filename or ""))
+
+
+def test_weights_from_the_hub(tmp_path, monkeypatch):
     import huggingface_hub
 
     write_checkpoint(tmp_path / "model")
-    fetched = []
-
-    def snapshot(repo, allow_patterns):
-        fetched.append((repo, allow_patterns))
-        return str(tmp_path / "model")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / "model" / name))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    models = [wan_min.open_model(name) for name in ("14B", "some/repo")]
-    assert models[0].blocks == 4 and not fetched  # config.json alone tells
-    for model in models:
+    hub = Hub(monkeypatch, tmp_path / "model")
+    for name, repo in (("14B", "Wan-AI/Wan2.1-T2V-14B"), ("some/repo", "some/repo")):
+        hub.calls.clear()
+        model = wan_min.open_model(name)
+        assert model.blocks == 4 and [call[:2] for call in hub.calls] == [
+            ("model_info", repo), ("hf_hub_download", repo)]  # fmt: skip
         model.load_codec(), model.load_dit(), model.encode_prompts(["a"])
-    assert [repo for repo, _ in fetched] == ["Wan-AI/Wan2.1-T2V-14B", "some/repo"]
+        assert [call[:2] for call in hub.calls[2:]] == [("snapshot_download", repo)]  # once, when needed
     official = ["config.json", "diffusion_pytorch_model-00001-of-00006.safetensors", "Wan2.1_VAE.pth",
                 "diffusion_pytorch_model.safetensors.index.json", "models_t5_umt5-xxl-enc-bf16.pth",
                 "google/umt5-xxl/tokenizer.json", "assets/logo.png", "README.md"]  # fmt: skip
-    assert list(huggingface_hub.utils.filter_repo_objects(official, allow_patterns=fetched[0][1])) == official[:-2]
-    assert fastvmt.build_parser({}).get_default("model") == "Wan-AI/Wan2.1-T2V-1.3B"
-
+    patterns = hub.calls[-1][2]["allow_patterns"]
+    assert list(huggingface_hub.utils.filter_repo_objects(official, allow_patterns=patterns)) == official[:-2]
+    assert wan_min.REPOS[fastvmt.build_parser().get_default("model")] == "Wan-AI/Wan2.1-T2V-1.3B"
+    (tmp_path / "model" / wan_min.VAE_FILE).unlink()
+    with pytest.raises(wan_min.ModelError, match="without Wan2.1_VAE.pth"):
+        wan_min.open_model("some/repo").load_dit()  # before any weight is read
     (tmp_path / "model" / "config.json").write_text('{"model_type": "i2v"}')
     with pytest.raises(wan_min.ModelError, match="i2v"):
         wan_min.open_model("some/repo")
-    assert len(fetched) == 2  # refused before the download
+
+
+def test_failures_of_the_hub_are_one_line_with_the_way_out(tmp_path, monkeypatch):
+    from huggingface_hub import utils
+
+    errors = {"reset by peer.*run it again, it resumes": ConnectionResetError("reset by peer\nmore"),
+              "gated.*hf auth login": utils.GatedRepoError.__new__(utils.GatedRepoError),
+              "check the spelling": utils.RepositoryNotFoundError.__new__(utils.RepositoryNotFoundError)}  # fmt: skip
+    for message, error in errors.items():
+        Hub(monkeypatch, tmp_path, fail=error)
+        with pytest.raises(wan_min.ModelError, match=f"^owner/name .*{message}") as caught:
+            wan_min.open_model("owner/name")
+        assert "\n" not in str(caught.value)
+    for file, kind in {"model_index.json": "Diffusers", "high_noise_model/config.json": "Wan 2.2", "a-Q4.gguf": "GGUF",
+                       "transformer/config.json": "Diffusers", "wan_lora.safetensors": "LoRA",
+                       "Wan2_1_bf16.safetensors": "repackaged", "a.txt": "not a checkpoint"}.items():  # fmt: skip
+        hub = Hub(monkeypatch, tmp_path, files=["README.md", file])
+        with pytest.raises(wan_min.ModelError, match=f"owner/name is .*{kind}.*Wan-AI/Wan2.1-T2V-1.3B"):
+            wan_min.open_model("owner/name")
+        assert [call[0] for call in hub.calls] == ["model_info"]
 
 
 def test_hub_cache_is_used_offline_and_its_absence_is_one_line(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, HERE / "fastvmt.py", "--ref", "demo", "--out", tmp_path / "o.mp4", "--frames", "5",
-               "--size", "32x48", *SMALL, "--block", "1", "--model"]  # fmt: skip
-    done = subprocess.run([*command, "14B"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert all(way in done.stderr for way in ("Wan-AI/Wan2.1-T2V-14B", "go online", "--local-dir", "HF_HOME"))
+    code = "import wan_min; m = wan_min.open_model('14B'); print(m.blocks, len(m.load_dit().blocks))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE)
+    message = done.stderr.splitlines()[-1]
+    assert "ModelError" in message
+    assert all(way in message for way in ("Wan-AI/Wan2.1-T2V-14B", "go online", "--local-dir", "HF_HOME"))
     repo = tmp_path / "hub" / "hub" / "models--Wan-AI--Wan2.1-T2V-14B"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
     (repo / "snapshots").mkdir()
     write_checkpoint(repo / "snapshots" / ("0" * 40), shards=2)
-    done = subprocess.run([*command, "14B"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and (tmp_path / "o.mp4").exists(), done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE)
+    assert done.stdout == "4 4\n", done.stderr
 
 
 def test_random_weights(tmp_path, capsys):
@@ -1247,21 +1319,49 @@ PROMPTS = ["", "a red fox", "  a \n red\tfox ", "&lt;a&gt; &amp;amp; fox", "红�
            "?!...,,", "fox " * 2000]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:prompt cut")
 def test_tokens_equal_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity not checked")
+    import ftfy
     from tokenizers import Tokenizer
 
     write_tokenizer(tmp_path / "tokenizer.json")
     ours = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     true = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>")
     for prompt in PROMPTS:
-        clean = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+        clean = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
         ids = wan_min.tokenize(prompt, ours)
         assert ids == true(clean, truncation=True, max_length=512).input_ids and ids[-1] == 1
     assert len(ids) == 512
     assert wan_min.tokenize("&lt;a&gt; &amp;amp; fox", ours) == wan_min.tokenize("<a> & fox", ours)
 
 
+class Characters:
+    """A tokenizer of one id a character, which shows the text that it was given."""
+
+    def encode(self, text, add_special_tokens):
+        return argparse.Namespace(ids=list(text))
+
+    def token_to_id(self, token):
+        return token
+
+
+def test_prompts_are_cleaned_as_by_the_official_code():
+    for prompt, clean in {
+        "a dog’s tail — “happy”": "a dog's tail — \"happy\"", "a dogâ€™s tail": "a dog's tail",  # mojibake
+        "\x1b[36;44ma red\x1b[0m fox": "a red fox", "ａ　ｒｅｄ　ｆｏｘ": "a red fox", "ﬁre &amp;lt; x": "fire < x",
+        "a\udce9 fox": "a\ufffd fox",  # from a byte that is not UTF-8
+    }.items():  # fmt: skip
+        assert "".join(wan_min.tokenize(prompt, Characters())) == clean + "</s>"
+
+
+def test_a_prompt_that_is_cut_is_told(recwarn):
+    assert len(wan_min.tokenize("x" * 511, Characters())) == 512 and not recwarn
+    with pytest.warns(UserWarning, match="512 of its 513 tokens"):
+        assert len(wan_min.tokenize("x" * 512, Characters())) == 512
+
+
+@pytest.mark.filterwarnings("ignore:prompt cut")
 def test_prompts_of_all_kinds_are_encoded(tmp_path):
     write_checkpoint(tmp_path / "model")
     contexts = wan_min.encode_prompts(PROMPTS, tmp_path / "model")
@@ -1370,7 +1470,7 @@ def test_user_errors(tmp_path, capsys):
         (["--center", "middle"], "--center"),
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--model", tmp_path / "nowhere"], "nowhere"),
-        (["--model", tmp_path / "empty"], "lacks diffusion_pytorch_model.safetensors, Wan2.1_VAE.pth, models_t5"),
+        (["--model", tmp_path / "empty"], "without diffusion_pytorch_model.safetensors, Wan2.1_VAE.pth, models_t5"),
         (["--block", "5"], "block 5 is outside the model's 1 to 4"),
         (["--block", "0"], "--block"),
         (["--out", tmp_path / "missing" / "o.mp4"], "missing"),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
 
 Modules carry the parameter names of the official checkpoints, so weights load with no key mapping. Nothing here knows
@@ -8,11 +9,14 @@ latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimensio
 """
 
 import copy
+import fnmatch
 import html
 import inspect
 import json
 import math
 import os
+import re
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -618,7 +622,7 @@ class Model(NamedTuple):
     max_frames: int  # the longest clip it was trained at
     fps: float  # frames per second it was trained at
     defaults: dict  # command line defaults of its own, by name of the flag
-    demo: Callable | None = None  # (num_frames, size) -> video (1, 3, T, H, W); None: fastvmt.demo_video
+    demo: Callable | None = None  # what reads the demo clip, with fastvmt.read_video's arguments; None: that
     describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
 
 
@@ -629,24 +633,20 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
     host memory; vae_tiles never converts whole frames, even where they fit. Raises ModelError.
     """
-    if random_weights or name in ("tiny", "small"):
-        if name not in ARCHITECTURES:
-            raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
-        arguments, vae_arguments = ARCHITECTURES[name]
+    random = random_weights or name in ("tiny", "small")
+    if random and name not in ARCHITECTURES:
+        raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
+    arguments, fetch = (ARCHITECTURES[name][0], None) if random else find_checkpoint(name)
 
-        def encode(prompts):
+    def load_part(cls, device, progress=iter):
+        if random:
+            return random_model(cls, ARCHITECTURES[name][cls is VAE], device, dtype)
+        return load(cls, fetch(), device, dtype, progress)
+
+    def encode(prompts):
+        if random:
             return random_contexts(prompts, arguments.get("text_dim", 4096), device)
-
-        def load_part(cls, device, progress=iter):
-            return random_model(cls, arguments if cls is DiT else vae_arguments, device, dtype)
-    else:
-        arguments, fetch = find_checkpoint(name)
-
-        def encode(prompts):
-            return encode_prompts(prompts, fetch(), device, offload)
-
-        def load_part(cls, device, progress=iter):
-            return load(cls, fetch(), device, dtype, progress)
+        return encode_prompts(prompts, fetch(), device, offload)
 
     def load_codec():
         vae = load_part(VAE, device)
@@ -660,9 +660,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
 
     canvases = CANVASES.get(name, ((480, 832), (832, 480)))
     defaults = {"negative_prompt": NEGATIVE_PROMPT} | DEFAULTS.get(name, {})
-    return Model(blocks=arguments.get("num_layers", 30), encode_prompts=encode, load_dit=load_dit,
-                 load_codec=load_codec, canvases=canvases, max_frames=81, fps=16.0,
-                 defaults=defaults)  # fmt: skip
+    return Model(arguments.get("num_layers", 30), encode, load_codec, load_dit, canvases, 81, 16.0, defaults)
 
 
 def cast(dit, dtype):
@@ -697,36 +695,68 @@ def random_contexts(prompts, text_dim, device="cpu"):
 
 
 def find_checkpoint(name):
-    """Arguments of the DiT of the checkpoint `name`, and a function that gives its folder.
+    """Arguments of the DiT of the checkpoint `name`, and a function that gives its folder, with every header checked.
 
-    A local folder is checked here. Of a hub repo config.json is fetched here, all else when the folder is asked for.
+    A local folder is checked at once. Of a hub repo config.json is fetched at once, all else by that function.
     """
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
         return check_checkpoint(name)[DiT][0], lambda: Path(name)
     repo = REPOS.get(name, name)
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+    path = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
+    if os.path.isfile(name):
+        raise unusable(name, [name, *(read_tensors(Path(name)) if name.endswith(".safetensors") else ())])
+    if repo not in REPOS.values() and path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         names = ", ".join(ARCHITECTURES)
         raise ModelError(f"unknown model {name!r}: give a checkpoint folder, a hub repo id, or one of toy, {names}")
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, model_info, snapshot_download, utils
 
-    def hub(download, *args, **kwargs):
+    def hub(call, **options):
         try:
-            return Path(download(repo, *args, **kwargs))
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"cannot get {repo} from the hub ({reason}); go online, or fetch it elsewhere with `hf download {repo} "
-                "--local-dir DIR` and pass --model DIR, or copy a filled hub cache here and set HF_HOME"
-            ) from None
+            return call(repo, **options)
+        except utils.GatedRepoError:
+            reason = "is gated: accept its terms on its page, then run `hf auth login`"
+        except utils.RepositoryNotFoundError:
+            reason = "is not on the hub: check the spelling, or run `hf auth login` if it is private"
+        except Exception as error:  # each version of the library has its own
+            reason = (f"cannot be fetched ({first_line(error)}); run it again, it resumes; or go online, or fetch it "
+                      f"elsewhere with `hf download {repo} --local-dir DIR` and pass --model DIR, or copy a filled hub "
+                      "cache here and set HF_HOME")  # fmt: skip
+        raise ModelError(f"{repo} {reason}")
 
     @lru_cache
     def fetch():
         files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
-        folder = hub(snapshot_download, allow_patterns=files)
+        folder = Path(hub(snapshot_download, allow_patterns=files))
         check_checkpoint(folder)
         return folder
 
-    return part_arguments(read_config(hub(hf_hub_download, "config.json").parent))[DiT], fetch
+    try:
+        config = hf_hub_download(repo, "config.json", local_files_only=True)
+    except OSError:  # not in the cache; asking for the repo fails at once where a download tries for long
+        files = [file.rfilename for file in hub(model_info, timeout=10).siblings]
+        if "config.json" not in files:
+            raise unusable(repo, files) from None
+        config = hub(hf_hub_download, filename="config.json")
+    return part_arguments(read_config(Path(config).parent))[DiT], fetch
+
+
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+OTHER_LAYOUTS = {  # pattern of the name of a file, class or weight -> what has it
+    "*high_noise_model*": "a Wan 2.2 checkpoint", "*model_index.json": "a Diffusers checkpoint",
+    "transformer*": "a Diffusers checkpoint", "wantransformer3dmodel": "a Diffusers checkpoint",
+    "*.gguf": "a GGUF checkpoint", "*lora*": "a LoRA", "*t5*fp8*": "a checkpoint with an fp8 text encoder",
+    "*.safetensors": "a repackaged checkpoint",
+}  # fmt: skip
+
+
+def unusable(where, names, otherwise="not a checkpoint"):
+    """ModelError of what is not in the official layout; the names in it tell what it is."""
+    names = [name.lower() for name in names if not name.startswith("diffusion_pytorch_model")]
+    kinds = (kind for pattern, kind in OTHER_LAYOUTS.items() if fnmatch.filter(names, pattern))
+    return ModelError(f"{where} is {next(kinds, otherwise)}: only the official layout can be read, as {REPOS['1.3B']}")
 
 
 def read_config(folder):
@@ -767,11 +797,11 @@ def read_tensors(path):
         with safe_open(path, "pt") as file:
             return {name: (tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in file.keys()}
     except Exception as error:  # each format has its own exceptions for a damaged file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{path} is damaged or incomplete ({reason}); delete it and fetch it again") from None
 
 
-def checkpoint_files(folder):
+def checkpoint_files(folder, config):
     """Files of each part, {DiT: [...], VAE: [...], TextEncoder: [...]}; ModelError names what is missing."""
     index, dit = folder / (DIT_FILE + ".index.json"), [folder / DIT_FILE]
     if index.exists() and not dit[0].exists():
@@ -783,7 +813,7 @@ def checkpoint_files(folder):
     needed = [*sum(files.values(), []), folder / TOKENIZER_FILE]
     missing = [str(path.relative_to(folder)) for path in needed if not path.exists()]
     if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}")
+        raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
     return files
 
 
@@ -793,7 +823,8 @@ def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
     Returns {class: (constructor arguments, {name: reader})}. Raises ModelError.
     """
     folder = Path(folder)
-    config, files, parts = read_config(folder), checkpoint_files(folder), {}
+    config, parts = read_config(folder), {}
+    files = checkpoint_files(folder, config)
     for cls in classes:
         tensors = {name: entry for file in files[cls] for name, entry in read_tensors(file).items()}
         found = {name: shape for name, (shape, _) in tensors.items()}
@@ -810,6 +841,8 @@ def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ModelError(f"{', '.join(f.name for f in files[cls])}: {'; '.join(wrong[:3])}{more}")
         parts[cls] = arguments, {name: read for name, (_, read) in tensors.items()}
+        if cls is TextEncoder and any(read().dtype.itemsize == 1 for read in parts[cls][1].values()):  # memory-mapped
+            raise ModelError(f"{files[cls][0]} holds fp8 weights; take the bf16 file of {REPOS['1.3B']}")
     return parts
 
 
@@ -833,9 +866,17 @@ def load(cls, folder, device="cpu", dtype=torch.float32, progress=iter):
 
 
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt, list of at most 512: HTML-unescaped, white space collapsed, cut, then the end token."""
-    text = " ".join(html.unescape(html.unescape(prompt)).split())
-    return tokenizer.encode(text, add_special_tokens=False).ids[: TEXT_LENGTH - 1] + [tokenizer.token_to_id("</s>")]
+    """UMT5 ids of a prompt, list of at most 512, the end token last; a longer one is cut with a warning.
+
+    The text is cleaned as by the official code: ftfy, HTML-unescaped, white space collapsed.
+    """
+    import ftfy
+
+    text = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) >= TEXT_LENGTH:
+        warnings.warn(f"prompt cut to {TEXT_LENGTH} of its {len(ids) + 1} tokens: {text[:30]}...", stacklevel=2)
+    return ids[: TEXT_LENGTH - 1] + [tokenizer.token_to_id("</s>")]
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The toy: a made-up world of moving textures, its words and codec, its model, the measure of its motion.
 
 The world knows what no real video tells: the exact motion of every clip. A DiT small enough for a laptop learns it from
@@ -382,6 +383,6 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     return wan_min.Model(
         blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda: Codec,
         load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE,), max_frames=FRAMES,
-        fps=8.0, defaults=DEFAULTS, demo=lambda num_frames, size: held_out(0)[0][None, :, :num_frames],
+        fps=8.0, defaults=DEFAULTS, demo=lambda path, num_frames, size, **options: held_out(0)[0][None, :, :num_frames],
         describe_motion=describe_motion,
     )  # fmt: skip

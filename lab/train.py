@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains the toy: flow matching on clips made on the fly, and a loss that asks attention to look at the same content.
 
     python -m lab.train --compile
