@@ -583,7 +583,7 @@ def generate(args, config, dit, noise, contexts, reference):
         bar.set_postfix_str("" if losses is None else text.format(*losses[-1].tolist()))
         bar.update(step + 1 - bar.n)
 
-    with tqdm(total=args.steps, desc="sampling", mininterval=1) as bar:
+    with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
         for checkpoint in (args.offload or args.checkpoint == "on", True):
             try:
                 return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,

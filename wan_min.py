@@ -18,6 +18,7 @@ import os
 import re
 import warnings
 import zlib
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -422,32 +423,26 @@ class Decoder(nn.Module):
         return stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, cache)
 
 
-def blend_tiles(size, tile, stride, unit, device=None):
-    """Overlapping tiles of one axis: list of (slice, weights); the weights of all tiles sum to 1 everywhere.
+Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
 
-    size, tile, stride and slice are in latents, the weights in pixels, of which a latent has `unit`. Weights ramp
-    linearly over the overlap (tile − stride); the last tile is shifted to end at the border.
+
+def blend_tiles(size, tile, stride, units, device=None):
+    """Overlapping tiles of one axis: list of Tile.
+
+    size, tile and stride are in latents; units are the pixels of a latent in input and output. The weights of all tiles
+    sum to 1 everywhere and ramp over the overlap; the last tile is shifted to end at the border.
     """
-    tile = min(tile, size)
+    tile, unit = min(tile, size), units[1]
     starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
     position, ramp = torch.arange(tile * unit, device=device) + 0.5, max(tile - stride, 1) * unit
     weights = torch.zeros(len(starts), size * unit, device=device)
-    for row, start in zip(weights, starts):
+    parts = [[slice(start * n, (start + tile) * n) for n in units] for start in starts]
+    for row, start, (_, part) in zip(weights, starts, parts):
         left = position / ramp if start > 0 else torch.ones_like(position)
         right = (tile * unit - position) / ramp if start + tile < size else torch.ones_like(position)
-        row[start * unit : (start + tile) * unit] = torch.minimum(left, right).clamp(max=1)
+        row[part] = torch.minimum(left, right).clamp(max=1)
     weights /= weights.sum(0)
-    return [(slice(s, s + tile), row[s * unit : (s + tile) * unit]) for s, row in zip(starts, weights)]
-
-
-def pixels(part, unit):
-    """A slice of latents as one of pixels, of which a latent has `unit`."""
-    return slice(part.start * unit, part.stop * unit)
-
-
-def frames(n, unit):
-    """Frames of the n-th latent frame: one of the first, then `unit` of each."""
-    return slice(max(0, 1 + unit * (n - 1)), 1 + unit * n)
+    return [Tile(*part, row[part[1]]) for part, row in zip(parts, weights)]
 
 
 class VAE(nn.Module):
@@ -463,21 +458,22 @@ class VAE(nn.Module):
         mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
         return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
-    def tiled(self, step, x, x_units, out, out_units, tile, stride, progress):
+    def tiled(self, step, x, out, tile, stride, progress):
         """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
 
-        units: frames and pixels of a latent, (4, 8) of video and (1, 1) of latents. A chunk is a latent frame; progress
-        wraps the list of all chunks of all tiles.
+        One of x and out is a video, the other its latents; a chunk is one frame of the latents. tile and stride are in
+        latents; progress wraps the list of all chunks of all tiles.
         """
-        (x_time, x_space), (out_time, out_space) = x_units, out_units
-        count, size = (x.shape[2] - 1) // x_time + 1, [n // x_space for n in x.shape[3:]]
-        rows, cols = (blend_tiles(*axis, out_space, x.device) for axis in zip(size, tile or size, stride))
-        for (row, row_weights), (col, col_weights), n in progress(list(product(rows, cols, range(count)))):
-            if n == 0:
-                cache = {}
-            y = step(x[:, :, frames(n, x_time), pixels(row, x_space), pixels(col, x_space)], cache)
-            there = out[:, :, frames(n, out_time), pixels(row, out_space), pixels(col, out_space)]
-            there += y * row_weights[:, None] * col_weights
+        encodes = x.shape[3] > out.shape[3]
+        size, pixels, group = (out.shape[3:], (8, 1), 4) if encodes else (x.shape[3:], (1, 8), 1)
+        rows, cols = (blend_tiles(*axis, pixels, x.device) for axis in zip(size, tile or size, stride))
+        chunks = x.split([1] + [group] * ((x.shape[2] - 1) // group), dim=2)
+        for row, col, chunk in progress(list(product(rows, cols, chunks))):
+            if chunk is chunks[0]:
+                cache, done = {}, 0
+            y = step(chunk[..., row.input, col.input], cache)
+            out[:, :, done : done + y.shape[2], row.output, col.output] += y * row.weights[:, None] * col.weights
+            done += y.shape[2]
         return out
 
     @torch.no_grad()
@@ -495,7 +491,7 @@ class VAE(nn.Module):
         def step(x, cache):
             return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
 
-        return self.tiled(step, video, (4, 8), out, (1, 1), tile, stride, progress)
+        return self.tiled(step, video, out, tile, stride, progress)
 
     @torch.no_grad()
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
@@ -507,7 +503,7 @@ class VAE(nn.Module):
         def step(x, cache):
             return self.decoder(self.conv2(x * std + mean, cache), cache)
 
-        return self.tiled(step, latents, (1, 1), out, (4, 8), tile, stride, progress).clamp_(-1, 1)
+        return self.tiled(step, latents, out, tile, stride, progress).clamp_(-1, 1)
 
 
 def whole_where_it_fits(convert):
@@ -584,10 +580,8 @@ class TextEncoder(nn.Module):
 # ---- Loading ---------------------------------------------------------------------------------------------------------
 
 REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
-DIT_FILE, VAE_FILE, TEXT_FILE = (
-    "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth",
-)  # fmt: skip
-TOKENIZER_FILE, TEXT_LENGTH = "google/umt5-xxl/tokenizer.json", 512
+DIT_FILES, VAE_FILE = "diffusion_pytorch_model*.safetensors", "Wan2.1_VAE.pth"
+TEXT_FILE, TOKENIZER_FILE, TEXT_LENGTH = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", 512
 FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters that Wan keeps in fp32, by name
 
 ARCHITECTURES = {  # constructor arguments of DiT and VAE; tiny and small exist with random weights only
@@ -695,7 +689,7 @@ def random_contexts(prompts, text_dim, device="cpu"):
 
 
 def find_checkpoint(name):
-    """Arguments of the DiT of the checkpoint `name`, and a function that gives its folder, with every header checked.
+    """config.json of the checkpoint `name`, or the like, and a function that gives its folder with all files checked.
 
     A local folder is checked at once. Of a hub repo config.json is fetched at once, all else by that function.
     """
@@ -725,7 +719,7 @@ def find_checkpoint(name):
 
     @lru_cache
     def fetch():
-        files = ["config.json", "diffusion_pytorch_model*", VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
+        files = ["config.json", DIT_FILES, VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
         folder = Path(hub(snapshot_download, allow_patterns=files))
         check_checkpoint(folder)
         return folder
@@ -737,7 +731,7 @@ def find_checkpoint(name):
         if "config.json" not in files:
             raise unusable(repo, files) from None
         config = hub(hf_hub_download, filename="config.json")
-    return part_arguments(read_config(Path(config).parent))[DiT], fetch
+    return read_config(Path(config)), fetch
 
 
 def first_line(error):
@@ -759,90 +753,60 @@ def unusable(where, names, otherwise="not a checkpoint"):
     return ModelError(f"{where} is {next(kinds, otherwise)}: only the official layout can be read, as {REPOS['1.3B']}")
 
 
-def read_config(folder):
-    """config.json of a checkpoint folder, {} where there is none; refuses every model but text-to-video."""
-    path = folder / "config.json"
+def read_config(path):
+    """config.json of a checkpoint, {} where there is none; refuses every model but text-to-video."""
     try:
         config = dict(json.loads(path.read_text())) if path.exists() else {}
     except (TypeError, ValueError) as error:
         raise ModelError(f"{path}: no valid JSON ({error})") from None
-    kind = config.get("model_type", "t2v")
-    if kind != "t2v":
-        raise ModelError(f"{folder} holds a {kind!r} model; only text-to-video (t2v) ones can be used")
+    if config.get("model_type", "t2v") != "t2v":
+        raise ModelError(f"{path} is of a {config['model_type']!r} model; only text-to-video (t2v) ones can be used")
     return config
 
 
-def part_arguments(config):
-    """Constructor arguments of each part; a checkpoint of another size than Wan's has `vae` and `text_encoder` too."""
-    dit = {name: value for name, value in config.items() if name in inspect.signature(DiT).parameters}
-    return {DiT: dit, VAE: config.get("vae", {}), TextEncoder: config.get("text_encoder", {})}
-
-
 def read_tensors(path):
-    """name -> (shape, function that reads the tensor) of a .safetensors or .pth file; ModelError when it is damaged.
-
-    .pth files stay memory-mapped. A safetensors file is reopened for each tensor: its map is released with the tensor,
-    so that weights which are cast or moved never stand in host memory all at once.
-    """
-    from safetensors import safe_open
-
-    def read(name):
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+    """name -> memory-mapped tensor of a .safetensors or .pth file; ModelError when it is damaged."""
+    from safetensors.torch import load_file
 
     try:
         if path.suffix == ".pth":
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            return {name: (tuple(t.shape), partial(tensors.get, name)) for name, t in tensors.items()}
-        with safe_open(path, "pt") as file:
-            return {name: (tuple(file.get_slice(name).get_shape()), partial(read, name)) for name in file.keys()}
+            return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+        return load_file(path)
     except Exception as error:  # each format has its own exceptions for a damaged file
-        reason = first_line(error)
-        raise ModelError(f"{path} is damaged or incomplete ({reason}); delete it and fetch it again") from None
-
-
-def checkpoint_files(folder, config):
-    """Files of each part, {DiT: [...], VAE: [...], TextEncoder: [...]}; ModelError names what is missing."""
-    index, dit = folder / (DIT_FILE + ".index.json"), [folder / DIT_FILE]
-    if index.exists() and not dit[0].exists():
-        try:
-            dit = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(f"{index} is not an index of weight files; delete it and fetch it again") from None
-    files = {DiT: dit, VAE: [folder / VAE_FILE], TextEncoder: [folder / TEXT_FILE]}
-    needed = [*sum(files.values(), []), folder / TOKENIZER_FILE]
-    missing = [str(path.relative_to(folder)) for path in needed if not path.exists()]
-    if missing:
-        raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
-    return files
+        raise ModelError(f"{path} is damaged ({first_line(error)}); delete it and fetch it again") from None
 
 
 def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
-    """Compare names and shapes in a checkpoint folder with those of its architecture, by headers alone.
+    """Compare a checkpoint folder with its architecture, by names and shapes; no weight is read.
 
-    Returns {class: (constructor arguments, {name: reader})}. Raises ModelError.
+    Returns {class: (constructor arguments, {name: memory-mapped tensor})}. config.json has the DiT's arguments and, of
+    a checkpoint of another size than Wan's, under `vae` and `text_encoder` the others'. Raises ModelError.
     """
-    folder = Path(folder)
-    config, parts = read_config(folder), {}
-    files = checkpoint_files(folder, config)
+    folder, parts = Path(folder), {}
+    config = read_config(folder / "config.json")
+    files = {DiT: sorted(folder.glob(DIT_FILES)), VAE: [folder / VAE_FILE], TextEncoder: [folder / TEXT_FILE]}
+    missing = [name for name in (VAE_FILE, TEXT_FILE, TOKENIZER_FILE) if not (folder / name).exists()]
+    missing = missing if files[DiT] else [DIT_FILES, *missing]
+    if missing:
+        raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
     for cls in classes:
-        tensors = {name: entry for file in files[cls] for name, entry in read_tensors(file).items()}
-        found = {name: shape for name, (shape, _) in tensors.items()}
-        arguments = part_arguments(config)[cls]
-        if cls is DiT and not config:
-            arguments = ARCHITECTURES["14B" if found.get("patch_embedding.bias") == (5120,) else "1.3B"][0]
+        tensors = {name: tensor for file in files[cls] for name, tensor in read_tensors(file).items()}
+        arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
+        if cls is DiT:
+            official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
+            known = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
+            arguments = known or ARCHITECTURES[official][0]
         with torch.device("meta"):
-            wanted = {name: tuple(p.shape) for name, p in cls(**arguments).state_dict().items()}
-        wrong = [f"{name} is missing" for name in wanted if name not in found]
-        wrong += [f"{name} is unknown" for name in found if name not in wanted]
-        both = [name for name in wanted if name in found]
-        wrong += [f"{name} is {found[name]}, not {wanted[name]}" for name in both if found[name] != wanted[name]]
+            wanted = cls(**arguments).state_dict()
+        wrong = [f"{name} is missing" for name in wanted if name not in tensors]
+        wrong += [f"{name} is unknown" for name in tensors if name not in wanted]
+        wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(p.shape)}" for name, p in wanted.items()
+                  if name in tensors and tensors[name].shape != p.shape]  # fmt: skip
+        wrong += [f"{name} is in fp8" for name, p in tensors.items() if p.dtype.itemsize == 1]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ModelError(f"{', '.join(f.name for f in files[cls])}: {'; '.join(wrong[:3])}{more}")
-        parts[cls] = arguments, {name: read for name, (_, read) in tensors.items()}
-        if cls is TextEncoder and any(read().dtype.itemsize == 1 for read in parts[cls][1].values()):  # memory-mapped
-            raise ModelError(f"{files[cls][0]} holds fp8 weights; take the bf16 file of {REPOS['1.3B']}")
+            raise ModelError(f"{files[cls][0]}: {'; '.join(wrong[:3])}{more}; that of {REPOS['1.3B']} is right")
+        parts[cls] = arguments, tensors
     return parts
 
 
@@ -851,13 +815,12 @@ def load(cls, folder, device="cpu", dtype=torch.float32, progress=iter):
 
     progress wraps the list of weights. Raises ModelError.
     """
-    arguments, readers = check_checkpoint(folder, [cls])[cls]
+    arguments, tensors = check_checkpoint(folder, [cls])[cls]
     with torch.device("meta"):
         module = cls(**arguments)
-    tensors = {}
-    for name, read in progress(list(readers.items())):
+    for name in progress(list(tensors)):
         keep = cls is VAE or any(part in name for part in FP32_PARTS)
-        tensors[name] = read().to(device, None if cls is TextEncoder else torch.float32 if keep else dtype)
+        tensors[name] = tensors[name].to(device, None if cls is TextEncoder else torch.float32 if keep else dtype)
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.requires_grad_(False).eval()
 

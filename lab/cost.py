@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run costs: counted on tensors without data, or measured on this machine. Used by lab.table1.
 
 The FLOPs are those of matrix products, convolutions and attention, whose backward pass recomputes QKᵀ.
@@ -8,18 +9,20 @@ import re
 import time
 import weakref
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import fastvmt
 import wan_min
-from lab import until_merge as api
 
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16
 
@@ -108,6 +111,21 @@ class Cost(TorchDispatchMode):
         return out
 
 
+class Inline:
+    """In place of offload_blocks' thread: like it without the modes of a checkpoint, but with those that count here."""
+
+    def __init__(self, threads):
+        pass
+
+    def submit(self, call, *args):
+        modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, (FakeTensorMode, Cost))]
+        with _disable_current_modes(), ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            result = call(*args)
+        return SimpleNamespace(result=lambda: result)
+
+
 def dit_phases(dit, noise, context, config, checkpoint):
     """{name: function without arguments} of the DiT's part of a run, each once."""
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
@@ -132,8 +150,9 @@ def dit_phases(dit, noise, context, config, checkpoint):
     }
 
 
-def run_counts(args, config):
+def run_counts(args):
     """How often a run does each of the phases."""
+    config = args.config
     guided = fastvmt.guided_steps(args.steps, config)
     gradients = guided * math.ceil(config.inner_steps / config.interval)
     references = guided if config.ref_noise == "match" else min(guided, 1)
@@ -154,7 +173,7 @@ def count(args, model):
     if args.model not in wan_min.ARCHITECTURES:
         raise fastvmt.UserError(f"--dry-run and --bench know {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
     arguments, vae_arguments, *_ = wan_min.ARCHITECTURES[args.model]
-    config, dtype = fastvmt.motion_config(args), fastvmt.DTYPES[args.dtype or "bf16"]
+    config, dtype = args.config, torch.float32 if args.dtype == "fp32" else torch.bfloat16
     video_shape, shape = latent_shape(args, model)
     flops, peaks = {}, {}
 
@@ -172,7 +191,8 @@ def count(args, model):
         with torch.device("meta"):
             dit = wan_min.cast(wan_min.DiT(**arguments), dtype).requires_grad_(False)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            dit = api.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
+            with patch.object(wan_min, "ThreadPoolExecutor", Inline):
+                dit = wan_min.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
             noise, context = torch.empty(shape), torch.empty(1, wan_min.TEXT_LENGTH, dit.text_embedding[0].in_features)
             for name, phase in dit_phases(dit, noise, context, config, checkpoint).items():
                 record(name, phase, [*dit.parameters(), noise, context])
@@ -182,7 +202,7 @@ def count(args, model):
 def dry_run(args, model):
     """Markdown lines of FLOPs and memory of a run of this size, weights included; nothing is computed."""
     flops, peaks = count(args, model)
-    counts = run_counts(args, fastvmt.motion_config(args))
+    counts = run_counts(args)
     yield "| | times | TFLOP | recomputing | GiB, all stored | recomputing | and --offload |"
     yield "|---" + "|--:" * 6 + "|"
     for name, times in counts.items():
@@ -200,14 +220,14 @@ def dry_run(args, model):
 @torch.no_grad()
 def bench(args, model, repeat=2):
     """Markdown lines of seconds, FLOP/s and memory of each part of a run, beside what the dry run says."""
-    device, config = torch.device(args.device), fastvmt.motion_config(args)
+    device, config = torch.device(args.device), args.config
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     flops, dry = count(args, model)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = args.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in card), 0)
     checkpoint = args.checkpoint == "on" or args.offload
     mode = 2 if args.offload else int(checkpoint)
-    counts, seconds, (video_shape, shape) = run_counts(args, config), {}, latent_shape(args, model)
+    counts, seconds, (video_shape, shape) = run_counts(args), {}, latent_shape(args, model)
     context, video = model.encode_prompts(["x"]), torch.rand(video_shape, device=device) * 2 - 1
     noise = torch.randn(shape, device=device)
     yield f"{card}, {args.model}, {args.dtype}, {shape[2]} latent frames of {video_shape[3]}x{video_shape[4]}"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of the paper's Table 1: does the motion arrive, does the clip show its prompt, do its frames agree.
 
 Pure functions of tracks and of CLIP features; below them what makes tracks and features of a video. Shapes: N tracks,

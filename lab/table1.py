@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's Table 1 on your own clips: what each part of the method brings and what it costs.
 
 python -m lab.table1 --model 1.3B --refs DAVIS/JPEGImages/480p/*/ --prompts prompts.txt --out table1/
@@ -16,6 +17,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +28,6 @@ import torch
 import fastvmt
 import wan_min
 from lab import cost, effect, metrics, toy
-from lab import until_merge as api
 
 ROWS = {  # name -> changes to the settings of the command line
     "full method": "",
@@ -36,15 +37,18 @@ ROWS = {  # name -> changes to the settings of the command line
     "w/o window and step-skip": "window=none, interval=1",
     "argmax centre": "center=argmax",
     "matched reference": "ref_noise=match",
-    "clean reference": "ref_noise=clean",
+    "clean reference": "ref_noise=0",
+    "preset paper": "preset=paper",
+    "preset release": "preset=release",
+    "preset ditflow": "preset=ditflow",
     "no transfer": "no_transfer",
 }
 TOY_ROWS = ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer")
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Arguments that neither decide a result nor its time, or that stand beside the settings in a result's key.
 OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "plain", "decode", "rows", "clips",
-          "keep_videos", "table_only", "dry_run", "bench", "peak_tflops"}  # fmt: skip
-SHARED = {"model", "random_weights", "size", "frames", "fps", "start", "device", "dtype", "offload", "compile"}
+          "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
+SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
 # ---- Rows and clips --------------------------------------------------------------------------------------------------
 
@@ -65,7 +69,9 @@ def make_rows(argv, args, blocks):
     wanted = args.rows or (TOY_ROWS if args.model == "toy" else [*ROWS])
     for name in ["full method", *(name for row in wanted for name in (block_rows if row == "blocks" else [row]))]:
         row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
-        if changed := [key for key, value in vars(row).items() if key in SHARED | OTHERS and value != vars(args)[key]]:
+        if changed := [
+            key for key, value in vars(row).items() if key in SHARED | OTHERS - {"config"} and value != vars(args)[key]
+        ]:
             raise fastvmt.UserError(f"row {name!r}: all rows share one {changed[0]}")
         if not 1 <= row.block <= blocks:
             raise fastvmt.UserError(f"row {name!r}: block {row.block} is outside the model's 1 to {blocks}")
@@ -108,9 +114,9 @@ def make_clips(args, model):
     if not prompts or not refs[0]:
         raise fastvmt.UserError("--refs or --prompts are missing or empty")
 
-    def read(ref):
-        return api.read_reference(argparse.Namespace(**vars(args) | {"ref": ref}), model)[0]
-
+    size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
+    read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=args.fps or model.fps, start=args.start,
+                   turn=turn)  # fmt: skip
     return [Clip(ref.rstrip("/"), args.seed, prompts, partial(read, ref)) for ref in refs]
 
 
@@ -119,34 +125,25 @@ def make_clips(args, model):
 
 def run_row(dit, counts, noise, reference, contexts, row):
     """Latents of one row's run, and {column: value} of what it cost."""
-    device, gradients = noise.device, []
-    sigmas = wan_min.flow_sigmas(row.steps, row.shift, 1.0 if row.no_transfer else row.strength)
+    device = noise.device
     counts.clear()
     cost.peak_memory(device, reset=True)
     start = cost.clock(device)
-    latents = fastvmt.sample(
-        dit, noise, sigmas, *contexts[:2], cfg_scale=row.cfg_scale, reference=None if row.no_transfer else reference,
-        null=contexts[2], config=fastvmt.motion_config(row), checkpoint=row.checkpoint == "on" or row.offload,
-        callback=lambda step, x, losses: gradients.append(0 if losses is None else len(losses)),
-    )  # fmt: skip
+    latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference)
     total = cost.clock(device) - start
     return latents, {
         "total s": total, "guidance s": total - counts["seconds"], "denoising s": counts["seconds"],
-        "gradients": sum(gradients), "block forwards": counts["forwards"], "block backwards": counts["backwards"],
-        "peak GiB": cost.peak_memory(device) / 2**30,
+        "gradients": 0 if row.no_transfer else cost.run_counts(row)["gradient"], "block forwards": counts["forwards"],
+        "block backwards": counts["backwards"], "peak GiB": cost.peak_memory(device) / 2**30,
     }  # fmt: skip
 
 
-def flow_columns(dit, latents, flow_ref, noise, null, row, args):
+def flow_columns(measure, latents, flow_ref, num_frames, row, args):
     """{column: value} of the flow of a result, read with args' settings, whatever the row's, so that rows compare."""
-    config = fastvmt.motion_config(args)
-    flow, num_frames = api.measured_flow(dit, latents, noise, null, config), noise.shape[2] // dit.patch_size[0]
-    loss = fastvmt.amf_loss(flow_ref, flow, num_frames=num_frames, span=config.span, alpha=config.alpha)
-    columns = {"L_AMF": loss.item(), "flow cosine": fastvmt.flow_agreement(flow_ref, flow)[0]}
-    if hasattr(fastvmt, "attention_entropy"):
-        entropy = fastvmt.attention_entropy(dit, latents, noise, null, fastvmt.motion_config(row))
-        columns["entropy"] = entropy.item()
-    return columns
+    flow, entropy = measure(latents, args.config), measure(latents, row.config, entropy=True)
+    loss = fastvmt.amf_loss(flow_ref, flow, num_frames=num_frames, span=args.span, alpha=args.alpha)
+    return {"L_AMF": loss.item(), "flow cosine": fastvmt.flow_agreement(flow_ref, flow)[0],
+            "entropy": entropy.mean().item()}  # fmt: skip
 
 
 def motion_columns(tracker, reference):
@@ -215,25 +212,31 @@ def compute(rows, clips, args, model):
     counts, warm = cost.count_passes(dit), False
     for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
         video = clip.video()
-        measures = [columns(video) for columns in opened]
+        others = [columns(video) for columns in opened]
         reference = codec.encode(video.to(device))
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
-        flow_ref = api.measured_flow(dit, reference, noise, contexts[""], fastvmt.motion_config(args))
+
+        def measure(latents, config, noise=noise, **options):
+            x = fastvmt.match_noise(latents, noise, fastvmt.MEASURE_SIGMA)
+            return fastvmt.motion_features(dit, x, fastvmt.MEASURE_SIGMA, contexts[""], config, **options)[0]
+
+        flow_ref = measure(reference, args.config)
         for _, key, name in jobs_of_clip:
             row, prompt = rows[name], key[2]
             inputs = noise, reference, (contexts[prompt], contexts[row.negative_prompt], contexts[""])
             if not warm:  # what runs first is slow
-                run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | {"steps": 1, "inner_steps": 1}))
+                short = {"steps": 1, "config": replace(row.config, inner_steps=1)}
+                run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | short))
                 warm = True
             latents, columns = run_row(dit, counts, *inputs, row)
-            columns |= flow_columns(dit, latents, flow_ref, noise, contexts[""], row, args)
+            columns |= flow_columns(measure, latents, flow_ref, noise.shape[2] // dit.patch_size[0], row, args)
             line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
-            result = codec.decode(latents) if clip.scene or measures or args.keep_videos else None
+            result = codec.decode(latents) if clip.scene or others or args.keep_videos else None
             if clip.scene:
                 columns["motion error, px a frame"] = toy.motion_error(result[0].cpu(), clip.scene)
                 columns["prompt right"] = float(effect.shows(result[0].cpu(), prompt, classes))
-            for measure in measures:
-                columns |= measure(result, prompt)
+            for other in others:
+                columns |= other(result, prompt)
             if args.keep_videos:
                 line["video"] = f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.mp4"
                 fastvmt.write_video(args.out / line["video"], result, args.fps or model.fps, json.dumps(line))
@@ -282,12 +285,12 @@ def make_table(results, rows, args):
 
 
 def parse_arguments(argv):
-    parser = api.build_parser()
+    parser = fastvmt.build_parser()
     parser.prog, parser.description = "python -m lab.table1", __doc__.splitlines()[0]
     add = parser.add_argument_group("table 1").add_argument
     add("--refs", nargs="+", help="reference clips, instead of --ref: videos, or folders of pictures")
     add("--prompts", type=Path, help="file of prompts, one a line, instead of --prompt; each is tried on every clip")
-    add("--clips", type=fastvmt.number(int, 1), default=4, help="how many clips of the toy's world (default: 4)")
+    add("--clips", type=int, default=4, help="how many clips of the toy's world")
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, 'blocks' (each block), or changes "
         "of settings such as 'interval=10, tau=2'")  # fmt: skip
@@ -297,7 +300,10 @@ def parse_arguments(argv):
     add("--bench", action="store_true", help="no table, but seconds, FLOP/s and memory of each part of a run, here")
     add("--peak-tflops", type=float, help="with --bench: the card's bf16 peak, if it is not a known card")
     parser.set_defaults(out=Path("table1"))
-    return api.parse_arguments(argv, parser)
+    no_weights = ["--random-weights"] if "--dry-run" in argv else []
+    args, config, model = fastvmt.parse_arguments([*argv, *no_weights], parser)
+    args.config = config
+    return args, model
 
 
 def main(argv=None):
@@ -319,9 +325,10 @@ def main(argv=None):
         (args.out / "table.md").write_text(table + "\n")
         print(table)
         return 0
-    except (fastvmt.UserError, wan_min.ModelError, OSError) as error:
-        print("lab.table1:", error, file=sys.stderr)
-        return 2
+    except BaseException as error:
+        code, text = fastvmt.explain(error)
+        print(f"lab.table1: {text}; the same command goes on from here", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
