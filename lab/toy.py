@@ -85,16 +85,17 @@ def waves(points, count, wavelength, generator):
     return (points @ k + phase).sin_().sum(-1) * (2 / count) ** 0.5
 
 
-def draw_texture(points, kind, wavelength, generator):
+def draw_texture(points, kind, wavelength, generator, regular=False):
     """About how many pixels inside its second colour the texture is at points (..., 2): (...).
 
     One wave makes stripes, two checks, three in a triangle the round blobs of a hexagonal lattice. Slow waves bend all,
     because what is regular looks the same after many different motions. So that a small model obeys the word, mid-clip
     all lean by about 45 degrees, and the second colour takes a third of blobs, a half of checks, two thirds of stripes:
     through much noise it sees no more than such things, and by then the picture is laid out.
+    regular: unbent, so that everything has exact look-alikes a wavelength away and more.
     """
     pixels = wavelength / (2 * math.pi) * (1.3 if kind == "checks" else 1)
-    angle, bend = draw(0.6, 1.0, generator), 0.8 if kind == "stripes" else 0.5
+    angle, bend = draw(0.6, 1.0, generator), 0.0 if regular else 0.8 if kind == "stripes" else 0.5
     axes = torch.tensor([[math.sin(angle), math.cos(angle)], [math.cos(angle), -math.sin(angle)]])
     points = points + 100 * torch.rand(2, generator=generator)  # or all lattices would meet the centre alike
     a, b = ((points @ axis) / pixels + bend * waves(points, 6, 1.8 * wavelength, generator) for axis in axes)
@@ -138,7 +139,8 @@ def render(scene, generator, part=(slice(None),) * 3):
     part: slices of the frames, rows and columns that are wanted.
     """
     camera, times, pixels = torch.tensor(scene["camera"]), frame_times()[part[0]], pixel_grid()[tuple(part[1:])]
-    inside = draw_texture(mid_clip(pixels, camera, times), scene["texture"], SCALES[scene["scale"]], generator)
+    points, wavelength = mid_clip(pixels, camera, times), SCALES[scene["scale"]]
+    inside = draw_texture(points, scene["texture"], wavelength, generator, scene.get("regular", False))
     low, high = (torch.tensor(COLORS[name]) for name in scene["palette"].split("-"))
     video = low + (3 * inside).sigmoid()[..., None] * (high - low)  # (F, H, W, 3), edges about a pixel wide
     if "color" in scene:
@@ -327,6 +329,18 @@ def held_out(seed, camera=None, sprite=None):
     g = torch.Generator().manual_seed(seed)
     scene = draw_scene(g, camera, sprite)
     return render(scene, g), scene, describe(draw_scene(g, camera, "velocity" in scene))
+
+
+def held_out_lookalike(seed):
+    """As held_out, of a panning reference whose texture is a strict lattice of nothing but look-alikes.
+
+    Its period, 22 to 28 pixels of a coarse one, is more than half a window of 5 tokens away, and no pan of a frame
+    reaches half of it.
+    """
+    g = torch.Generator().manual_seed(seed)
+    scene = draw_scene(g, "pan", False)
+    scene |= {"scale": "coarse", "texture": choose(("blobs", "checks"), g), "regular": True}
+    return render(scene, g), scene, describe(draw_scene(g, "pan", False))
 
 
 def prepare(video, prompt, seed, device="cpu"):
