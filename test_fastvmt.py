@@ -1920,7 +1920,9 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
 
 def metadata_of(path):
     ffmpeg("-i", path, "-f", "ffmetadata", path.with_suffix(".txt"))
-    comment = re.search(r"^comment=(.*)$", path.with_suffix(".txt").read_text(), re.MULTILINE)[1]
+    comment = re.search(r"^comment=(.*)$", path.with_suffix(".txt").read_text(errors="surrogateescape"), re.MULTILINE)[
+        1
+    ]
     path.with_suffix(".txt").unlink()
     return json.loads(re.sub(r"\\([=;#\\])", r"\1", comment))
 
@@ -1944,7 +1946,7 @@ def test_provenance_comparison_and_summary(tmp_path, capsys):
     assert video.shape == (1, 3, 5, 42 + 2 * 256, 2 * 384) and "8 fps" in ffmpeg("-i", compare)
     for n, path in enumerate((ref, out)):  # in grey: H.264 halves the resolution of colours
         shown = F.avg_pool2d(video[0, :, :, 42 : 42 + 256, n * 384 : (n + 1) * 384].mean(0), 8)
-        assert (shown - fastvmt.read_video(path, 5, (32, 48), fps=8)[0].mean(0)).abs().mean() < 0.06, path
+        assert (shown - fastvmt.read_video(path, 5, (32, 48), fps=8)[0].mean(0)).abs().mean() < 0.1, path
 
 
 def test_flow_agreement():
@@ -2022,8 +2024,10 @@ def test_names_and_prompts_of_all_kinds(tmp_path, capsys):
     ref = write_clip(tmp_path / "in.mp4").rename(tmp_path / name)
     (tmp_path / "out").mkdir()
     out, prompt = tmp_path / "out" / name, "狐 \" ' \\ = ; # fox " * 500  # 9,500 characters
-    code, _, err = run_main(capsys, *DEMO, "--ref", ref, "--out", out, "--prompt", prompt)
-    assert code == 0 and not err and [p.name for p in out.parent.iterdir()] == [name]
+    command = [sys.executable, HERE / "fastvmt.py", *DEMO, "--ref", ref, "--out", out, "--prompt", prompt]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in out.parent.iterdir()] == [name]
     out.rename(tmp_path / "o.mp4")
     assert metadata_of(tmp_path / "o.mp4")["prompt"] == prompt and metadata_of(tmp_path / "o.mp4")["ref"] == name
     code, _, err = run_main(capsys, *DEMO, "--out", out, "--prompt", "a fox " * 10_000)
@@ -2298,41 +2302,46 @@ def test_toy_matching_loss():
 
 def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--steps", "3"]
+    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--steps", "2"]
     code, text, err = run_main(capsys, *args, "--prompt", "fine black and white checks under a purple sky")
     assert code == 0 and not err, err
     assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
-    asked, plain, arrived = re.search("asked for: (.*); of plain generation: (.*); that arrived: (.*)", text).groups()
-    assert asked == toy.describe_motion(toy.demo_video()[0]) and len({asked, plain, arrived}) == 3
-    videos = [fastvmt.read_video(*x)[0] for x in (("out.mp4", 9, (48, 66)), ("compare.mp4", 9, (480, 990)))]
-    shown = videos[1][..., 2:240:5, 2::5]  # reference, plain and result, each pixel 5×5 large, over the flows
-    assert shown.shape[3:] == (48, 198)
-    assert (shown[..., :66] - toy.demo_video()).abs().mean() < 0.1
-    plain, guided = ((x - videos[0]).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
+    motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
+    demo = toy.held_out(0)[0]
+    assert motions[0] == toy.describe_motion(demo) and len(set(motions)) == 3
+    result, picture = (
+        fastvmt.read_video(*x, fps=8) for x in (("out.mp4", 9, (48, 66)), ("compare.mp4", 9, (522, 990)))
+    )
+    shown = picture[..., 42 + 2 : 282 : 5, 2::5]  # reference, plain and result, each pixel 5×5 large
+    assert (shown[..., :66] - demo).abs().mean() < 0.1
+    plain, guided = ((x - result).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
     assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
-    settings = metadata_of(tmp_path / "out.mp4")
-    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 5
-    ref = write_clip(tmp_path / "in.mp4", num_frames=14)
+    record = metadata_of(tmp_path / "out.mp4")
+    assert {name: record[name] for name in toy.DEFAULTS if name not in ("compare", "tile", "lr")}.items() <= (
+        toy.DEFAULTS | {"steps": 2}).items()  # fmt: skip
+    ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
-    assert code == 0 and "5 frames of 48x66" in text and "does not know" not in text
-    for extra, message in ((["--prompt", "a fox"], "does not know fox; it knows coarse"),
-                           (["--size", "48x66", "--prompt", "red"], "leave out --size"),
-                           (["--frames", "13", "--prompt", "red"], "at most 9 frames"),
-                           (["--block", "7", "--prompt", "red"], "1 to 6"),
-                           (["--random-weights", "--prompt", "red"], "--random-weights needs")):  # fmt: skip
+    assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
+    for extra, message in (
+        (["--prompt", "a fox"], "does not know fox; it knows coarse"),
+        (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
+        (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
+        (["--block", "7", "--prompt", "red"], "1 to 6"),
+        (["--random-weights", "--prompt", "red"], "neither --offload nor --random-weights"),
+    ):
         code, _, err = run_main(capsys, *args, *extra)
-        assert code == 2 and message in err and len(err.splitlines()) == 1
+        assert code == 2 and message in err and len(err.splitlines()) == 1, (extra, err)
 
 
 def test_the_toys_flow_points_along_the_motion():
     # Not the toy's own τ, at which the flow tends to whole tokens.
-    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
+    dit, (_, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
     for seed, pan in enumerate([(3.0, 0.5), (-0.5, -4.0), (-3.0, 3.0)]):
         scene = corner_scene(camera=(*pan, 0.0, 0.0))
         latents = toy.encode(toy.render(scene, torch.Generator().manual_seed(seed))[None])
-        null = toy.encode_prompts([""])
-        flow = fastvmt.noised_flow(dit, latents, randn(*latents.shape), null, fastvmt.motion_config(args))
-        i, j = fastvmt.frame_pairs(9, args.span)
+        x = fastvmt.match_noise(latents, randn(*latents.shape), 0.1)
+        flow, _ = fastvmt.motion_features(dit, x, 0.1, toy.encode_prompts([""]), config)
+        i, j = fastvmt.frame_pairs(9, config.span)
         for offset in (1, 2):
             found = 6 * flow[j - i == offset].mean((0, 1, 2))  # in pixels
             true = offset * torch.tensor(pan)
@@ -2342,20 +2351,47 @@ def test_the_toys_flow_points_along_the_motion():
 
 def test_the_method_moves_the_toy():
     """The one test of what all this is for. What is wrong alike in both videos' flow, only the test above can tell."""
-    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "12"])
+    dit, (args, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "12"])
     errors = []
     for seed, camera in zip(range(30001, 30005), ("pan", "pan", "zoom", "still")):
-        _, scene, _, results = effect.generate(dit, seed, camera, args)
+        _, scene, _, results = effect.generate(dit, seed, camera, args, config)
         errors.append([toy.motion_error(result, scene) for result in results])
-    plain, start, guided = torch.tensor(errors).mean(0)
-    assert guided < 0.6 * min(plain, start), errors
+    plain, guided = torch.tensor(errors).mean(0)
+    assert guided < 0.5 * plain, errors
 
 
-def test_readme_code_runs():
+def test_readme_code_runs(dit, clip, monkeypatch):
+    """All of it; and each change that it tells of makes another video of the tiny model."""
+    names = {"motion_features", "amf_loss", "motion_losses", "sample", "window_centers"}
+    for name in names:
+        monkeypatch.setattr(fastvmt, name, getattr(fastvmt, name))  # so that it comes back
+    scopes = [{} for _ in range(2)]
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, {})
+    for block, scope in zip(blocks, scopes, strict=True):
+        exec(block, scope)
+    assert scopes[1]["latents"].isfinite().all()
+    monkeypatch.undo()
+
+    def run():
+        torch.manual_seed(0)
+        losses = []
+        x = fastvmt.sample(dit, clip[0], wan_min.flow_sigmas(2), *clip[2:4], reference=clip[1], null=clip[4],
+                           config=CONFIG, callback=lambda step, x, found: losses.append(found))  # fmt: skip
+        assert x.isfinite().all() and losses[0].isfinite().all()
+        return x
+
+    results = [run()]
+    assert set(scopes[0]["CHANGES"]) == names
+    for name, changes in scopes[0]["CHANGES"].items():
+        for change in changes:
+            with monkeypatch.context() as patch:
+                patch.setattr(fastvmt, name, getattr(fastvmt, name))
+                if isinstance(change, str):
+                    exec(change, vars(fastvmt))
+                else:
+                    patch.setattr(fastvmt, name, change)
+                results.append(run())
+    assert len(results) == 7 and all(not torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
 # ---- The lab ---------------------------------------------------------------------------------------------------------
