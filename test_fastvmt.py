@@ -2362,16 +2362,9 @@ def test_the_method_moves_the_toy():
 
 
 def test_readme_code_runs(dit, clip, monkeypatch):
-    """All of it; and each change that it tells of makes another video of the tiny model."""
-    names = {"motion_features", "amf_loss", "motion_losses", "sample", "window_centers"}
-    for name in names:
-        monkeypatch.setattr(fastvmt, name, getattr(fastvmt, name))  # so that it comes back
-    scopes = [{} for _ in range(2)]
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    for block, scope in zip(blocks, scopes, strict=True):
-        exec(block, scope)
-    assert scopes[1]["latents"].isfinite().all()
-    monkeypatch.undo()
+    """Each change that it tells of makes another video of the tiny model."""
+    scope, (block,) = {}, re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(block, scope)
 
     def run():
         torch.manual_seed(0)
@@ -2382,8 +2375,7 @@ def test_readme_code_runs(dit, clip, monkeypatch):
         return x
 
     results = [run()]
-    assert set(scopes[0]["CHANGES"]) == names
-    for name, changes in scopes[0]["CHANGES"].items():
+    for name, changes in scope["CHANGES"].items():
         for change in changes:
             with monkeypatch.context() as patch:
                 patch.setattr(fastvmt, name, getattr(fastvmt, name))
