@@ -332,7 +332,7 @@ from tqdm import tqdm
 import wan_min
 
 MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
-DEMO = "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"  # a picture slides right and down
+DEMO = ["-f", "lavfi", "-i", "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"]  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
 
 
@@ -395,8 +395,8 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
             size, turn = frames[0].shape[:2], False
     else:
         skip = min(start, 10.0)  # decoded for nothing, as ffmpeg may seek to after the key frame that is needed
-        source = ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]  # absolute: no URL, no option
-        source = ["-f", "lavfi", "-i", DEMO] if path == "demo" else source
+        # An absolute path is no URL and no option.
+        source = DEMO if path == "demo" else ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]
         frames = decode_frames(task, source, num_frames, size, fps, turn, skip)
     if len(frames) < 5:
         raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s, not 5 or more")
@@ -607,7 +607,6 @@ def run(args, config, model):
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
     read = model.demo if args.ref == "demo" and model.demo else read_video
     video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
-    # What made the video, for its metadata; the paper's ethics statement promises such a marking.
     record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__}
     record = json.dumps(record | {"ref": os.path.basename(args.ref)}, default=os.path.basename)
     notices = {
@@ -632,14 +631,14 @@ def run(args, config, model):
         results["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
         save_file({name: x.cpu() for name, x in results.items()}, kept)
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
-
-    def measure(x, **options):
-        x = match_noise(x, noise, MEASURE_SIGMA)
-        return motion_features(dit, x, MEASURE_SIGMA, contexts[2], config, **options)[0]
-
-    flows = {name: measure(x) for name, x in {"reference": reference, **results}.items()}
-    entropy, offset_1 = measure(reference, entropy=True).mean(), noise.shape[2] // dit.patch_size[0] - 1
-    dit = None  # the decoder needs the memory
+    flows, entropies = {}, {}
+    for name, x in {"reference": reference, **results}.items():
+        measure = partial(
+            motion_features, dit, match_noise(x, noise, MEASURE_SIGMA), MEASURE_SIGMA, contexts[2], config
+        )
+        (flows[name], _), (entropies[name], _) = measure(), measure(entropy=True)
+    offset_1 = noise.shape[2] // dit.patch_size[0] - 1  # pairs of neighbouring frames, which come first
+    del dit, measure  # the decoder needs the memory
     clips = {"reference": video, **{name: codec.decode(x, progress=progress) for name, x in results.items()}}
     write_video(args.out, clips["result"], fps, record)
     if args.compare:
@@ -648,7 +647,9 @@ def run(args, config, model):
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     cosine, error = flow_agreement(flows["reference"], flows["result"])
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    print(f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")
+    print(
+        f"entropy of the reference's attention over its windows: {100 * entropies['reference'].mean():.0f} % of uniform"
+    )
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 
