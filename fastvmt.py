@@ -435,10 +435,9 @@ def flow_agreement(flow_ref, flow_gen, moving=0.5):
 
 
 def compare_video(clips, flows):
-    """Named clips side by side, under each its motion as colours, grey where it rests: (1, 3, T, 2·n·h + 42, …).
+    """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
 
-    clips: name -> (1, 3, T, h, w) in [-1, 1], under 240 rows shown n times as large; flows: each one's AMF
-    (F−1, H, W, 2) to the next latent frame, drawn to one common scale.
+    clips: name -> (1, 3, T, h, w) in [-1, 1], shown z times as large; flows: of each, the AMF (F−1, H, W, 2) of offset 1.
     """
     videos = torch.cat([clip.float().cpu() for clip in clips.values()])
     zoom = math.ceil(240 / videos.shape[3])
@@ -582,8 +581,7 @@ def generate(args, config, dit, noise, contexts, reference):
     def callback(step, x, losses):
         if not torch.isfinite(x).all():
             raise UserError(f"the latent is not finite after step {step + 1} of {args.steps}; try --dtype fp32")
-        text = "loss {:.4g} (AMF {:.4g}, window {:.4g})"
-        bar.set_postfix_str("" if losses is None else text.format(*losses[-1].tolist()))
+        bar.set_postfix(zip(("loss", "AMF", "window"), [] if losses is None else losses[-1].tolist()))
         bar.update(step + 1 - bar.n)
 
     with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
@@ -633,12 +631,10 @@ def run(args, config, model):
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
     flows, entropies = {}, {}
     for name, x in {"reference": reference, **results}.items():
-        measure = partial(
-            motion_features, dit, match_noise(x, noise, MEASURE_SIGMA), MEASURE_SIGMA, contexts[2], config
-        )
-        (flows[name], _), (entropies[name], _) = measure(), measure(entropy=True)
+        inputs = dit, match_noise(x, noise, MEASURE_SIGMA), MEASURE_SIGMA, contexts[2], config
+        (flows[name], _), (entropies[name], _) = motion_features(*inputs), motion_features(*inputs, entropy=True)
     offset_1 = noise.shape[2] // dit.patch_size[0] - 1  # pairs of neighbouring frames, which come first
-    del dit, measure  # the decoder needs the memory
+    del dit, inputs  # the decoder needs the memory
     clips = {"reference": video, **{name: codec.decode(x, progress=progress) for name, x in results.items()}}
     write_video(args.out, clips["result"], fps, record)
     if args.compare:
