@@ -437,7 +437,7 @@ def flow_agreement(flow_ref, flow_gen, moving=0.5):
 def compare_video(clips, flows):
     """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
 
-    clips: name -> (1, 3, T, h, w) in [-1, 1], shown z times as large; flows: of each, the AMF (F−1, H, W, 2) of offset 1.
+    clips: name -> (1, 3, T, h, w) in [-1, 1], drawn z times as large; flows: AMF (F−1, H, W, 2) of offset 1 of each.
     """
     videos = torch.cat([clip.float().cpu() for clip in clips.values()])
     zoom = math.ceil(240 / videos.shape[3])
