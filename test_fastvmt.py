@@ -1546,7 +1546,7 @@ def test_user_errors(tmp_path, capsys, monkeypatch):
         (["--out", tmp_path / "missing" / "o.mp4"], "missing"),
         (["--out", text / "o.mp4"], "text.mp4"),
         (["--out", tmp_path / "o.avi"], ".mp4"),
-        (["--out", ref], "different files"),
+        (["--out", ref], "not the reference"),
         (["--out", tmp_path / ("a" * 250 + ".mp4")], "name too long"),
         (["--out", tmp_path / "out" / "p.mp4"], "file names"),
         (["--out", tmp_path / "out" / "q.mp4"], "q.latents.safetensors"),  # a folder is in the way of the latents
@@ -1555,7 +1555,7 @@ def test_user_errors(tmp_path, capsys, monkeypatch):
         (["--no-such-flag"], "--no-such-flag"),
         (["--device", "abacus"], "device abacus cannot be used"),
         (["--compare", tmp_path / "missing" / "c.mp4"], "missing"),
-        (["--compare", out], "different files"),
+        (["--compare", out], "not the reference"),
         (["--window", "wide"], "--window"),
         (["--decode", text], "header"),
         (["--decode", tmp_path / "no.safetensors"], "no.safetensors"),
@@ -1662,7 +1662,7 @@ def test_notices(tmp_path, capsys):
     seen = []
     codec = argparse.Namespace(encode=lambda video, **k: seen.append(video.shape) or failing(StopIteration)())
     with pytest.raises(StopIteration):
-        fastvmt.run(args, config, model._replace(load_codec=lambda: codec))
+        fastvmt.run(args, config, model._replace(load_codec=lambda tiles: codec))
     assert seen == [(1, 3, 13, 112, 64)] and "portrait" not in capsys.readouterr().out  # turned, as none was asked for
 
 
@@ -1884,8 +1884,7 @@ def test_names_and_unreadable_references(tmp_path, monkeypatch):
 
 
 def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch):
-    video = fastvmt.read_video("demo", 9, (64, 96))
-    assert video.shape == (1, 3, 9, 64, 96) and video.abs().max() <= 1
+    video = F.interpolate(randn(1, 3, 3, 4, 6), (9, 64, 96), mode="trilinear").clamp(-0.8, 0.8)  # smooth
     (tmp_path / "link.mp4").symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     (tmp_path / "folder").mkdir()
     assert fastvmt.partial_path(tmp_path / "link.mp4").parent == tmp_path / "folder"  # on one disk
@@ -1895,7 +1894,7 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
     assert (tmp_path / "link.mp4").is_symlink() and [p.name for p in out.parent.iterdir()] == ["o.mp4"]
     assert metadata_of(out) == json.loads(comment)
     again = fastvmt.read_video(out, 9, (64, 96), fps=24)
-    assert again.shape[2] == 9 and (again - video).mean(1).abs().mean() < 0.03  # of colours it keeps a quarter
+    assert again.shape[2] == 9 and (again - video).abs().mean() < 0.02
     close(again.mean((0, 2, 3, 4)), video.mean((0, 2, 3, 4)), 0.003)  # colours are not a level off
     assert re.search(r"yuv420p\(tv, bt709(, progressive)?\)", ffmpeg("-i", out))  # and players are told which they are
     assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat")  # plays while it loads
@@ -1907,7 +1906,7 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
         with pytest.raises(fastvmt.UserError, match="finite"):
             fastvmt.write_video(out, broken, 24)
     (tmp_path / "in_the_way.mp4").mkdir()
-    with pytest.raises(fastvmt.UserError, match="in_the_way.*directory"):
+    with pytest.raises(IsADirectoryError, match="in_the_way"):
         fastvmt.write_video(tmp_path / "in_the_way.mp4", video, 24)
     for body in ("exit 1", 'for last; do :; done; head -c 99 > "$last"; exit 1'):
         script = tmp_path / "ffmpeg"
@@ -2035,7 +2034,7 @@ def test_names_and_prompts_of_all_kinds(tmp_path, capsys):
 
 
 def test_a_killed_run_leaves_whole_files_or_none(tmp_path):
-    """Killed while it writes the latents or the video, of which half is written then, or while it samples."""
+    """Killed while it samples, or when the video is written, but not yet under its name."""
     kill = """
 import os, signal, sys
 from pathlib import Path
@@ -2044,21 +2043,13 @@ import fastvmt
 def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half(data, path):
-    fastvmt_save(data, path)
-    os.truncate(path, os.path.getsize(path) // 2)
-    killed()
-
-fastvmt_save, moment = fastvmt.save_file, sys.argv.pop(1)
-if moment == "latents":
-    fastvmt.save_file = half
-elif moment == "sampling":
+if sys.argv.pop(1) == "sampling":
     fastvmt.guide = killed
-elif moment == "video":
+else:
     Path.replace = killed
 fastvmt.main(sys.argv[1:])
 """
-    for moment, names in (("sampling", []), ("latents", []), ("video", ["o.latents.safetensors"])):
+    for moment, names in (("sampling", []), ("video", ["o.latents.safetensors"])):
         folder = tmp_path / moment
         folder.mkdir()
         command = [sys.executable, "-c", kill, moment, *DEMO, "--out", str(folder / "o.mp4")]
@@ -2067,7 +2058,7 @@ fastvmt.main(sys.argv[1:])
         assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == names, moment
     from safetensors.torch import load_file
 
-    assert load_file(folder / "o.latents.safetensors")["latents"].shape == (1, 16, 2, 4, 6)
+    assert load_file(folder / "o.latents.safetensors")["result"].shape == (1, 16, 2, 4, 6)
 
 
 def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
