@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 import zlib
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -284,16 +284,15 @@ LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees the past only: kernel − stride earlier frames, from the cache or zero at the start."""
 
-    def __init__(self, cin, cout, kernel, stride=(1, 1, 1)):
+    def __init__(self, cin, cout, kernel=(3, 3, 3), stride=(1, 1, 1)):
         super().__init__(cin, cout, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.history = kernel[0] - stride[0]
 
     def forward(self, x, cache):
         if self.history:
             past = cache.get(self)
-            missing = self.history - (0 if past is None else past.shape[2])
-            x = x if past is None else torch.cat([past, x], dim=2)
-            x = F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+            past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:]) if past is None else past
+            x = torch.cat([past, x], dim=2)
             cache[self] = x[:, :, -self.history :].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
 
@@ -310,24 +309,29 @@ class ChannelNorm(nn.Module):
         return x * scale * self.gamma
 
 
-def stream(layers, x, cache):
-    """Run layers in order, handing the cache to those that look back in time."""
-    for layer in layers:
-        x = layer(x, cache) if isinstance(layer, (CausalConv3d, ResBlock, Resample)) else layer(x)
-    return x
+class Layers(nn.Sequential):
+    """Layers run in order; those that look back in time are handed the cache."""
+
+    def forward(self, x, cache):
+        for layer in self:
+            x = layer(x, cache) if isinstance(layer, (CausalConv3d, Layers, ResBlock, Resample)) else layer(x)
+        return x
 
 
 class ResBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.residual = nn.Sequential(
-            ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout, (3, 3, 3)),
-            ChannelNorm(cout, 3), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, (3, 3, 3)),
-        )  # fmt: skip
+        self.residual = Layers(ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout),
+                               ChannelNorm(cout, 3), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout))  # fmt: skip
         self.shortcut = CausalConv3d(cin, cout, (1, 1, 1)) if cin != cout else None
 
     def forward(self, x, cache):
-        return stream(self.residual, x, cache) + (self.shortcut(x, cache) if self.shortcut else x)
+        return self.residual(x, cache) + (self.shortcut(x, cache) if self.shortcut else x)
+
+
+def per_frame(layer, x):
+    """A layer for images (N, C, h, w) on each frame of x (B, C, T, h, w)."""
+    return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 class FrameAttention(nn.Module):
@@ -337,90 +341,67 @@ class FrameAttention(nn.Module):
         super().__init__()
         self.norm, self.to_qkv, self.proj = ChannelNorm(dim, 2), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x):
-        b, _, _, h, w = x.shape
-        y = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
-        q, k, v = rearrange(self.to_qkv(y), "n (three c) h w -> three n 1 (h w) c", three=3)
+    def attend(self, x):
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (three c) h w -> three n 1 (h w) c", three=3)
         y = F.scaled_dot_product_attention(q, k, v)
-        y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=h, w=w))
-        return x + rearrange(y, "(b t) c h w -> b c t h w", b=b)
+        return self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[2]))
+
+    def forward(self, x):
+        return x + per_frame(self.attend, x)
 
 
 class Resample(nn.Module):
     """Halve (`down`) or double the frame size; with `temporal` the frame rate too, the very first frame excepted."""
 
-    def __init__(self, dim, down, temporal):
+    def __init__(self, dim, down, temporal=False):
         super().__init__()
         self.down, self.time_conv = down, None
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-            if temporal:
-                self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
         else:
             upsample = nn.Upsample(scale_factor=2, mode="nearest-exact")
             self.resample = nn.Sequential(upsample, nn.Conv2d(dim, dim // 2, 3, padding=1))
-            if temporal:
-                self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
-
-    def resize(self, x):
-        frames = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))
-        return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+        if temporal:
+            self.time_conv = CausalConv3d(dim, dim if down else 2 * dim, (3, 1, 1), (2 if down else 1, 1, 1))
 
     def forward(self, x, cache):
-        if self.time_conv is None:
-            return self.resize(x)
-        first = self.time_conv not in cache
-        if self.down:
-            x = self.resize(x)
-            if not first:
-                return self.time_conv(x, cache)
-            cache[self.time_conv] = x
-            return x
-        if first:
-            cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
-        else:
-            x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
-        return self.resize(x)
+        x = per_frame(self.resample, x) if self.down else x
+        if self.time_conv in cache:
+            x = self.time_conv(x, cache)
+            x = x if self.down else rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
+        elif self.time_conv:
+            cache[self.time_conv] = x if self.down else None  # up, what follows the first frame starts from zeros
+        return x if self.down else per_frame(self.resample, x)
 
 
-class Encoder(nn.Module):
+def middle(dim):
+    return Layers(ResBlock(dim, dim), FrameAttention(dim), ResBlock(dim, dim))
+
+
+def head(dim, cout):
+    return Layers(ChannelNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, cout))
+
+
+def encoder(dim, z_dim):
     """(B, 3, t, 8h, 8w) -> (B, 2z, ⌈t/4⌉, h, w)."""
-
-    def __init__(self, dim, z_dim):
-        super().__init__()
-        self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
-        layers, widths = [], [dim, dim, 2 * dim, 4 * dim, 4 * dim]
-        for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
-            layers += [ResBlock(cin, cout), ResBlock(cout, cout)]
-            if i < 3:
-                layers.append(Resample(cout, down=True, temporal=i > 0))
-        self.downsamples = nn.Sequential(*layers)
-        self.middle = nn.Sequential(ResBlock(cout, cout), FrameAttention(cout), ResBlock(cout, cout))
-        self.head = nn.Sequential(ChannelNorm(cout, 3), nn.SiLU(), CausalConv3d(cout, 2 * z_dim, (3, 3, 3)))
-
-    def forward(self, x, cache):
-        return stream([self.conv1, *self.downsamples, *self.middle, *self.head], x, cache)
+    d1, d2, d4 = dim, 2 * dim, 4 * dim
+    stages = Layers(ResBlock(d1, d1), ResBlock(d1, d1), Resample(d1, down=True),
+                    ResBlock(d1, d2), ResBlock(d2, d2), Resample(d2, down=True, temporal=True),
+                    ResBlock(d2, d4), ResBlock(d4, d4), Resample(d4, down=True, temporal=True),
+                    ResBlock(d4, d4), ResBlock(d4, d4))  # fmt: skip
+    layers = dict(conv1=CausalConv3d(3, d1), downsamples=stages, middle=middle(d4), head=head(d4, 2 * z_dim))
+    return Layers(OrderedDict(layers))
 
 
-class Decoder(nn.Module):
+def decoder(dim, z_dim):
     """(B, z, t, h, w) -> (B, 3, 4t, 8h, 8w); the first chunk, one frame, stays one frame."""
-
-    def __init__(self, dim, z_dim):
-        super().__init__()
-        width = 4 * dim
-        self.conv1 = CausalConv3d(z_dim, width, (3, 3, 3))
-        self.middle = nn.Sequential(ResBlock(width, width), FrameAttention(width), ResBlock(width, width))
-        layers, cin = [], width
-        for i, cout in enumerate([4 * dim, 4 * dim, 2 * dim, dim]):
-            layers += [ResBlock(cin, cout), ResBlock(cout, cout), ResBlock(cout, cout)]
-            if i < 3:
-                layers.append(Resample(cout, down=False, temporal=i < 2))
-            cin = cout // 2  # the up-sampler halves the channels
-        self.upsamples = nn.Sequential(*layers)
-        self.head = nn.Sequential(ChannelNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, 3, (3, 3, 3)))
-
-    def forward(self, x, cache):
-        return stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, cache)
+    d1, d2, d4 = dim, 2 * dim, 4 * dim  # the up-samplers halve the channels
+    stages = Layers(ResBlock(d4, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
+                    ResBlock(d2, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
+                    ResBlock(d2, d2), ResBlock(d2, d2), ResBlock(d2, d2), Resample(d2, down=False),
+                    ResBlock(d1, d1), ResBlock(d1, d1), ResBlock(d1, d1))  # fmt: skip
+    layers = dict(conv1=CausalConv3d(z_dim, d4), middle=middle(d4), upsamples=stages, head=head(d1, 3))
+    return Layers(OrderedDict(layers))
 
 
 Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
@@ -451,7 +432,7 @@ class VAE(nn.Module):
     def __init__(self, dim=96, z_dim=16):
         super().__init__()
         self.z_dim = z_dim
-        self.encoder, self.decoder = Encoder(dim, z_dim), Decoder(dim, z_dim)
+        self.encoder, self.decoder = encoder(dim, z_dim), decoder(dim, z_dim)
         self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
 
     def statistics(self, like):
