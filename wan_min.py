@@ -222,17 +222,13 @@ class DiT(nn.Module):
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
 
-        def run(layer, *args):
-            if not checkpoint:
-                return layer(*args)
-            contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
-            return recompute(layer, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-        tokens, _, shared = self.embed(x, t, context)
-        *before, last = self.blocks[:block]
-        for layer in before:
-            tokens = run(layer, tokens, *shared)
-        return run(last, tokens, *shared, True)
+        contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
+        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        x, _, shared = self.embed(x, t, context)
+        for n, layer in enumerate(self.blocks[:block], 1):
+            args = x, *shared, n == block
+            x = recompute(layer, *args, **options) if checkpoint else layer(*args)
+        return x
 
 
 def offload_blocks(module, device):
@@ -275,10 +271,10 @@ def offload_blocks(module, device):
 # ---- Video VAE: causal in time, streamed frame group by frame group --------------------------------------------------
 # `cache` is a plain dict that one streamed pass owns: module -> the last input frames that its next chunk needs.
 
-LATENT_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]  # fmt: skip
-LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]  # fmt: skip
+LATENT_MEAN = torch.tensor([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
+                            0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]).view(-1, 1, 1, 1)  # fmt: skip
+LATENT_STD = torch.tensor([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526,
+                           2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]).view(-1, 1, 1, 1)  # fmt: skip
 
 
 class CausalConv3d(nn.Conv3d):
@@ -374,36 +370,6 @@ class Resample(nn.Module):
         return x if self.down else per_frame(self.resample, x)
 
 
-def middle(dim):
-    return Layers(ResBlock(dim, dim), FrameAttention(dim), ResBlock(dim, dim))
-
-
-def head(dim, cout):
-    return Layers(ChannelNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, cout))
-
-
-def encoder(dim, z_dim):
-    """(B, 3, t, 8h, 8w) -> (B, 2z, ⌈t/4⌉, h, w)."""
-    d1, d2, d4 = dim, 2 * dim, 4 * dim
-    stages = Layers(ResBlock(d1, d1), ResBlock(d1, d1), Resample(d1, down=True),
-                    ResBlock(d1, d2), ResBlock(d2, d2), Resample(d2, down=True, temporal=True),
-                    ResBlock(d2, d4), ResBlock(d4, d4), Resample(d4, down=True, temporal=True),
-                    ResBlock(d4, d4), ResBlock(d4, d4))  # fmt: skip
-    layers = dict(conv1=CausalConv3d(3, d1), downsamples=stages, middle=middle(d4), head=head(d4, 2 * z_dim))
-    return Layers(OrderedDict(layers))
-
-
-def decoder(dim, z_dim):
-    """(B, z, t, h, w) -> (B, 3, 4t, 8h, 8w); the first chunk, one frame, stays one frame."""
-    d1, d2, d4 = dim, 2 * dim, 4 * dim  # the up-samplers halve the channels
-    stages = Layers(ResBlock(d4, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
-                    ResBlock(d2, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
-                    ResBlock(d2, d2), ResBlock(d2, d2), ResBlock(d2, d2), Resample(d2, down=False),
-                    ResBlock(d1, d1), ResBlock(d1, d1), ResBlock(d1, d1))  # fmt: skip
-    layers = dict(conv1=CausalConv3d(z_dim, d4), middle=middle(d4), upsamples=stages, head=head(d1, 3))
-    return Layers(OrderedDict(layers))
-
-
 Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
 
 
@@ -415,14 +381,15 @@ def blend_tiles(size, tile, stride, units, device=None):
     """
     tile, unit = min(tile, size), units[1]
     starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
-    position, ramp = torch.arange(tile * unit, device=device) + 0.5, max(tile - stride, 1) * unit
-    weights = torch.zeros(len(starts), size * unit, device=device)
+    position, ramp = (torch.arange(size * unit, device=device) + 0.5) / unit, max(tile - stride, 1)  # in latents
+    weights = torch.ones(len(starts), size * unit, device=device)
+    for row, start in zip(weights, starts):
+        if start > 0:
+            row.clamp_(max=(position - start) / ramp)
+        if start + tile < size:
+            row.clamp_(max=(start + tile - position) / ramp)
+    weights = weights.clamp(min=0) / weights.clamp(min=0).sum(0)
     parts = [[slice(start * n, (start + tile) * n) for n in units] for start in starts]
-    for row, start, (_, part) in zip(weights, starts, parts):
-        left = position / ramp if start > 0 else torch.ones_like(position)
-        right = (tile * unit - position) / ramp if start + tile < size else torch.ones_like(position)
-        row[part] = torch.minimum(left, right).clamp(max=1)
-    weights /= weights.sum(0)
     return [Tile(*part, row[part[1]]) for part, row in zip(parts, weights)]
 
 
@@ -431,13 +398,21 @@ class VAE(nn.Module):
 
     def __init__(self, dim=96, z_dim=16):
         super().__init__()
-        self.z_dim = z_dim
-        self.encoder, self.decoder = encoder(dim, z_dim), decoder(dim, z_dim)
+        d1, d2, d4 = dim, 2 * dim, 4 * dim
+        down = Layers(ResBlock(d1, d1), ResBlock(d1, d1), Resample(d1, down=True),
+                      ResBlock(d1, d2), ResBlock(d2, d2), Resample(d2, down=True, temporal=True),
+                      ResBlock(d2, d4), ResBlock(d4, d4), Resample(d4, down=True, temporal=True),
+                      ResBlock(d4, d4), ResBlock(d4, d4))  # fmt: skip
+        up = Layers(ResBlock(d4, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
+                    ResBlock(d2, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
+                    ResBlock(d2, d2), ResBlock(d2, d2), ResBlock(d2, d2), Resample(d2, down=False),
+                    ResBlock(d1, d1), ResBlock(d1, d1), ResBlock(d1, d1))  # fmt: skip
+        middle = [Layers(ResBlock(d4, d4), FrameAttention(d4), ResBlock(d4, d4)) for _ in range(2)]
+        head = [Layers(ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout))
+                for cin, cout in ((d4, 2 * z_dim), (d1, 3))]  # fmt: skip
+        self.encoder = Layers(OrderedDict(conv1=CausalConv3d(3, d1), downsamples=down, middle=middle[0], head=head[0]))
+        self.decoder = Layers(OrderedDict(conv1=CausalConv3d(z_dim, d4), middle=middle[1], upsamples=up, head=head[1]))
         self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
-
-    def statistics(self, like):
-        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
-        return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
     def tiled(self, step, x, out, tile, stride, progress):
         """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
@@ -466,11 +441,11 @@ class VAE(nn.Module):
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
-        mean, std = self.statistics(video)
-        out = video.new_zeros(b, self.z_dim, t // 4 + 1, h // 8, w // 8)
+        mean, std = LATENT_MEAN.to(video), LATENT_STD.to(video)
+        out = video.new_zeros(b, len(mean), t // 4 + 1, h // 8, w // 8)
 
         def step(x, cache):
-            return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
+            return (self.conv1(self.encoder(x, cache), cache).chunk(2, dim=1)[0] - mean) / std
 
         return self.tiled(step, video, out, tile, stride, progress)
 
@@ -478,7 +453,7 @@ class VAE(nn.Module):
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
         """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
         b, _, f, h, w = latents.shape
-        mean, std = self.statistics(latents)
+        mean, std = LATENT_MEAN.to(latents), LATENT_STD.to(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
 
         def step(x, cache):
@@ -487,18 +462,14 @@ class VAE(nn.Module):
         return self.tiled(step, latents, out, tile, stride, progress).clamp_(-1, 1)
 
 
-def whole_where_it_fits(convert):
-    """VAE.encode or decode, of the whole frame and, where memory does not suffice for that, of tiles."""
-
-    def run(x, progress=iter):
-        try:
-            return convert(x, tile=None, progress=progress)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
-
-    return run
+def whole_where_it_fits(convert, x, progress=iter):
+    """VAE.encode or decode of the whole frame or, where memory does not suffice for that, of tiles."""
+    try:
+        return convert(x, tile=None, progress=progress)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
 
 
 # ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
@@ -627,9 +598,8 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
 
     def load_codec(vae_tiles=False):
         vae = load_part(VAE, device)
-        if vae_tiles:
-            return vae
-        return SimpleNamespace(encode=whole_where_it_fits(vae.encode), decode=whole_where_it_fits(vae.decode))
+        encode, decode = (partial(whole_where_it_fits, convert) for convert in (vae.encode, vae.decode))
+        return vae if vae_tiles else SimpleNamespace(encode=encode, decode=decode)
 
     def load_dit(progress=iter):
         dit = load_part(DiT, "cpu" if offload else device, progress)
