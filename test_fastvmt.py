@@ -2362,8 +2362,10 @@ def test_readme_code_runs(dit, clip, monkeypatch):
         return x
 
     results = [run()]
-    for name, changes in scope["CHANGES"].items():
-        for change in changes:
+    places = {"motion_features": ("several_blocks", "per_head"), "amf_loss": ("masked",), "sample": ("ancestral",),
+              "motion_losses": ("directions",), "window_centers": ("three_best",)}  # fmt: skip
+    for name, changes in places.items():
+        for change in map(scope.get, changes):
             with monkeypatch.context() as patch:
                 patch.setattr(fastvmt, name, getattr(fastvmt, name))
                 if isinstance(change, str):
