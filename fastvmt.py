@@ -278,7 +278,7 @@ def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
 
 @torch.no_grad()
 def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None,
-           config=MotionConfig(), checkpoint=False, callback=None):  # fmt: skip
+           config=MotionConfig(), checkpoint=False, callback=lambda step, x, losses: None):  # fmt: skip
     """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
 
     dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as in wan_min.DiT. noise (1, C, F, h, w);
@@ -305,8 +305,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
             v_negative = dit(x, t, negative)
             v = v_negative + cfg_scale * (v - v_negative)
         x = x + (next_sigma - sigma) * v
-        if callback:
-            callback(step, x, losses)
+        callback(step, x, losses)
     return x
 
 
@@ -627,7 +626,8 @@ def run(args, config, model):
         if args.plain and args.compare and not args.no_transfer:
             results["plain"] = generate(args, config, dit, noise, contexts, None)
         results["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
-        save_file({name: x.cpu() for name, x in results.items()}, kept)
+        save_file({name: x.cpu() for name, x in results.items()}, partial_path(kept))
+        partial_path(kept).replace(kept)  # a file that is there is whole
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
     flows, entropies = {}, {}
     for name, x in {"reference": reference, **results}.items():
