@@ -35,13 +35,12 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
-OUT_OF_MEMORY = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-                 "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
-
 
 def out_of_memory(error):
     """Whether an exception says that the memory of the host or of a device is used up, of which there are many."""
-    named = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    texts = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+             "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
@@ -128,10 +127,8 @@ class Block(nn.Module):
 
     def __init__(self, dim, ffn_dim, num_heads, eps):
         super().__init__()
-        self.eps = eps
-        self.self_attn = Attention(dim, num_heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = Attention(dim, num_heads, eps)
+        self.eps, self.norm3 = eps, nn.LayerNorm(dim, eps)
+        self.self_attn, self.cross_attn = Attention(dim, num_heads, eps), Attention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -205,10 +202,10 @@ class DiT(nn.Module):
         tokens, time, shared = self.embed(x, t, context)
         for block in self.blocks:
             tokens = block(tokens, *shared)
+        p, q, r = self.patch_size
+        f, h = x.shape[2] // p, x.shape[3] // q
         patches = self.head(tokens, time)
-        pf, ph, pw = self.patch_size
-        f, h, w = x.shape[2] // pf, x.shape[3] // ph, x.shape[4] // pw
-        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=pf, q=ph, r=pw)
+        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, p=p, q=q, r=r)
 
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
@@ -218,7 +215,6 @@ class DiT(nn.Module):
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-
         contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
         options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         x, _, shared = self.embed(x, t, context)
@@ -410,8 +406,8 @@ class VAE(nn.Module):
         self.decoder = Layers(OrderedDict(conv1=CausalConv3d(z_dim, d4), middle=middle[1], upsamples=up, head=head[1]))
         self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
 
-    def tiled(self, step, x, out, tile, stride, progress):
-        """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
+    def tiled(self, layers, x, out, tile, stride, progress):
+        """Add to `out` the blend of layers(chunk of x, cache) over spatial tiles, each streamed over time.
 
         One of x and out is a video, the other its latents; a chunk is one frame of the latents. tile and stride are in
         latents; progress wraps the list of all chunks of all tiles.
@@ -423,7 +419,7 @@ class VAE(nn.Module):
         for row, col, chunk in progress(list(product(rows, cols, chunks))):
             if chunk is chunks[0]:
                 cache, done = {}, 0
-            y = step(chunk[..., row.input, col.input], cache)
+            y = layers(chunk[..., row.input, col.input], cache)
             out[:, :, done : done + y.shape[2], row.output, col.output] += y * row.weights[:, None] * col.weights
             done += y.shape[2]
         return out
@@ -437,25 +433,17 @@ class VAE(nn.Module):
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
-        mean, std = LATENT_MEAN.to(video), LATENT_STD.to(video)
-        out = video.new_zeros(b, len(mean), t // 4 + 1, h // 8, w // 8)
-
-        def step(x, cache):
-            return (self.conv1(self.encoder(x, cache), cache).chunk(2, dim=1)[0] - mean) / std
-
-        return self.tiled(step, video, out, tile, stride, progress)
+        out = video.new_zeros(b, self.conv1.out_channels, t // 4 + 1, h // 8, w // 8)
+        out = self.tiled(Layers(self.encoder, self.conv1), video, out, tile, stride, progress)
+        return (out.chunk(2, dim=1)[0] - LATENT_MEAN.to(out)) / LATENT_STD.to(out)  # the other half is log variances
 
     @torch.no_grad()
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
         """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
         b, _, f, h, w = latents.shape
-        mean, std = LATENT_MEAN.to(latents), LATENT_STD.to(latents)
+        x = latents * LATENT_STD.to(latents) + LATENT_MEAN.to(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
-
-        def step(x, cache):
-            return self.decoder(self.conv2(x * std + mean, cache), cache)
-
-        return self.tiled(step, latents, out, tile, stride, progress).clamp_(-1, 1)
+        return self.tiled(Layers(self.conv2, self.decoder), x, out, tile, stride, progress).clamp_(-1, 1)
 
 
 def whole_where_it_fits(convert, x, progress=iter):
