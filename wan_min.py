@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
 
-Modules carry the parameter names of the official checkpoints, so weights load with no key mapping. Nothing here knows
-of motion transfer; `DiT.qk` only runs the DiT as far as one block's self-attention and hands out its Q and K.
+Modules carry the parameter names of the official checkpoints. Nothing here knows of motion transfer; `DiT.qk` only runs
+the DiT as far as one block's self-attention and hands out its Q and K.
 
 Source: Wan 2.1 (arXiv 2503.20314; github.com/Wan-Video/Wan2.1). Shapes in comments: B batch, F latent frames, h, w
 latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimension.
@@ -30,21 +30,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as recompute
 
-OUT_OF_MEMORY = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
-                 "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
-
 
 def out_of_memory(error):
     """Whether an exception says that the memory of the host or of a device is used up, of which there are many."""
-    named = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    texts = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+             "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
+    named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-# ---- Schedule --------------------------------------------------------------------------------------------------------
 
 
 def flow_sigmas(steps, shift=7.0, strength=1.0):
@@ -73,12 +70,11 @@ def rope_table(grid, head_dim, device):
     The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with base 10000.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    side, angles = 2 * (head_dim // 6), []
+    side = 2 * (head_dim // 6)
     positions = torch.cartesian_prod(*(torch.arange(length, dtype=dtype, device=device) for length in grid))  # (S, 3)
-    for position, dim in zip(positions.unbind(1), (head_dim - 2 * side, side, side)):
-        freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
-        angles.append(position[:, None] * freqs)  # (S, dim/2)
-    angles = torch.cat(angles, dim=1)
+    freqs = [10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
+             for dim in (head_dim - 2 * side, side, side)]  # fmt: skip
+    angles = torch.cat([position[:, None] * freq for position, freq in zip(positions.unbind(1), freqs)], dim=1)
     return torch.complex(angles.cos().float(), angles.sin().float())[:, None]
 
 
@@ -131,10 +127,8 @@ class Block(nn.Module):
 
     def __init__(self, dim, ffn_dim, num_heads, eps):
         super().__init__()
-        self.eps = eps
-        self.self_attn = Attention(dim, num_heads, eps)
-        self.norm3 = nn.LayerNorm(dim, eps)
-        self.cross_attn = Attention(dim, num_heads, eps)
+        self.eps, self.norm3 = eps, nn.LayerNorm(dim, eps)
+        self.self_attn, self.cross_attn = Attention(dim, num_heads, eps), Attention(dim, num_heads, eps)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -208,10 +202,10 @@ class DiT(nn.Module):
         tokens, time, shared = self.embed(x, t, context)
         for block in self.blocks:
             tokens = block(tokens, *shared)
+        p, q, r = self.patch_size
+        f, h = x.shape[2] // p, x.shape[3] // q
         patches = self.head(tokens, time)
-        pf, ph, pw = self.patch_size
-        f, h, w = x.shape[2] // pf, x.shape[3] // ph, x.shape[4] // pw
-        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, w=w, p=pf, q=ph, r=pw)
+        return rearrange(patches, "b (f h w) (p q r c) -> b c (f p) (h q) (w r)", f=f, h=h, p=p, q=q, r=r)
 
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
@@ -221,7 +215,6 @@ class DiT(nn.Module):
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-
         contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
         options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         x, _, shared = self.embed(x, t, context)
@@ -275,6 +268,7 @@ LATENT_MEAN = torch.tensor([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, 
                             0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]).view(-1, 1, 1, 1)  # fmt: skip
 LATENT_STD = torch.tensor([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526,
                            2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]).view(-1, 1, 1, 1)  # fmt: skip
+Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
 
 
 class CausalConv3d(nn.Conv3d):
@@ -370,9 +364,6 @@ class Resample(nn.Module):
         return x if self.down else per_frame(self.resample, x)
 
 
-Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
-
-
 def blend_tiles(size, tile, stride, units, device=None):
     """Overlapping tiles of one axis: list of Tile.
 
@@ -415,8 +406,8 @@ class VAE(nn.Module):
         self.decoder = Layers(OrderedDict(conv1=CausalConv3d(z_dim, d4), middle=middle[1], upsamples=up, head=head[1]))
         self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
 
-    def tiled(self, step, x, out, tile, stride, progress):
-        """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
+    def tiled(self, layers, x, out, tile, stride, progress):
+        """Add to `out` the blend of layers(chunk of x, cache) over spatial tiles, each streamed over time.
 
         One of x and out is a video, the other its latents; a chunk is one frame of the latents. tile and stride are in
         latents; progress wraps the list of all chunks of all tiles.
@@ -428,7 +419,7 @@ class VAE(nn.Module):
         for row, col, chunk in progress(list(product(rows, cols, chunks))):
             if chunk is chunks[0]:
                 cache, done = {}, 0
-            y = step(chunk[..., row.input, col.input], cache)
+            y = layers(chunk[..., row.input, col.input], cache)
             out[:, :, done : done + y.shape[2], row.output, col.output] += y * row.weights[:, None] * col.weights
             done += y.shape[2]
         return out
@@ -442,25 +433,17 @@ class VAE(nn.Module):
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
-        mean, std = LATENT_MEAN.to(video), LATENT_STD.to(video)
-        out = video.new_zeros(b, len(mean), t // 4 + 1, h // 8, w // 8)
-
-        def step(x, cache):
-            return (self.conv1(self.encoder(x, cache), cache).chunk(2, dim=1)[0] - mean) / std
-
-        return self.tiled(step, video, out, tile, stride, progress)
+        out = video.new_zeros(b, self.conv1.out_channels, t // 4 + 1, h // 8, w // 8)
+        out = self.tiled(Layers(self.encoder, self.conv1), video, out, tile, stride, progress)
+        return (out.chunk(2, dim=1)[0] - LATENT_MEAN.to(out)) / LATENT_STD.to(out)  # the other half is log variances
 
     @torch.no_grad()
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
         """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
         b, _, f, h, w = latents.shape
-        mean, std = LATENT_MEAN.to(latents), LATENT_STD.to(latents)
+        x = latents * LATENT_STD.to(latents) + LATENT_MEAN.to(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
-
-        def step(x, cache):
-            return self.decoder(self.conv2(x * std + mean, cache), cache)
-
-        return self.tiled(step, latents, out, tile, stride, progress).clamp_(-1, 1)
+        return self.tiled(Layers(self.conv2, self.decoder), x, out, tile, stride, progress).clamp_(-1, 1)
 
 
 def whole_where_it_fits(convert, x, progress=iter):
@@ -480,12 +463,11 @@ def position_buckets(length, num_buckets, device=None, max_distance=128):
     """Bucket of each relative position key − query: (L, L) long; half per sign, exact near, logarithmic far."""
     position = torch.arange(length, device=device)
     relative = position[None] - position[:, None]
-    half = num_buckets // 2
-    exact = half // 2
+    half, exact = num_buckets // 2, num_buckets // 4
     distance = relative.abs()
-    far = exact + (distance.clamp(min=1).float() / exact).log() / math.log(max_distance / exact) * (half - exact)
-    far = far.long().clamp(max=half - 1)
-    return (relative > 0) * half + torch.where(distance < exact, distance, far)
+    far = (distance.clamp(min=1) / exact).log() / math.log(max_distance / exact) * (half - exact)
+    bucket = torch.where(distance < exact, distance, exact + far.long()).clamp(max=half - 1)
+    return (relative > 0) * half + bucket
 
 
 class T5Block(nn.Module):
@@ -602,11 +584,9 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
-    defaults = {"negative_prompt": NEGATIVE_PROMPT}
-    if name == "tiny":
-        defaults |= dict(frames=33, block=3, window=3)
-        return Model(blocks, encode, load_codec, load_dit, ((64, 112), (112, 64)), 81, 16.0, defaults)
-    return Model(blocks, encode, load_codec, load_dit, ((480, 832), (832, 480)), 81, 16.0, defaults)
+    canvases = ((64, 112), (112, 64)) if name == "tiny" else ((480, 832), (832, 480))
+    defaults = {"negative_prompt": NEGATIVE_PROMPT} | (dict(frames=33, block=3, window=3) if name == "tiny" else {})
+    return Model(blocks, encode, load_codec, load_dit, canvases, 81, 16.0, defaults)
 
 
 def cast(dit, dtype, device=None, progress=iter):
@@ -645,8 +625,8 @@ def find_checkpoint(name):
     A local folder is checked at once. Of a hub repo config.json is fetched at once, all else by that function.
     """
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
-        parts = [read_checkpoint(name, cls) for cls in PARTS]
-        return len(parts[0].blocks), lambda: name
+        dit, *_ = [load(cls, name) for cls in PARTS]
+        return len(dit.blocks), lambda: name
     repo = REPOS.get(name, name)
     path = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
     if os.path.isfile(name):
@@ -664,18 +644,15 @@ def find_checkpoint(name):
         except utils.RepositoryNotFoundError:
             reason = "is not on the hub: check the spelling, or run `hf auth login` if it is private"
         except Exception as error:  # each version of the library has its own
-            reason = (
-                f"cannot be fetched ({shorten(str(error), 200)}); run it again, it resumes; or go online, or pass "
-                f"--model DIR after `hf download {repo} --local-dir DIR`, or set HF_HOME to a filled hub cache"
-            )
+            reason = (f"cannot be fetched ({shorten(str(error), 200)}); run it again, it resumes; go online; or give "
+                      f"--model DIR of `hf download {repo} --local-dir DIR`; or copy a cache, set HF_HOME")  # fmt: skip
         raise ModelError(f"{repo} {reason}")
 
     @lru_cache
     def fetch():
-        files = ["config.json", *PARTS.values(), TOKENIZER_FILE]
-        folder = hub(snapshot_download, allow_patterns=files)
+        folder = hub(snapshot_download, allow_patterns=["config.json", *PARTS.values(), TOKENIZER_FILE])
         for cls in PARTS:
-            read_checkpoint(folder, cls)
+            load(cls, folder)
         return folder
 
     try:
@@ -688,52 +665,46 @@ def find_checkpoint(name):
     return read_config(Path(config).parent).get("num_layers", 30), fetch
 
 
-OTHER_LAYOUTS = {  # pattern of the name of a file, class or weight -> what has it
-    "high_noise_model": "a Wan 2.2 checkpoint",
-    "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
-    r"\.gguf$": "a GGUF checkpoint",
-    "lora": "a LoRA",
-    "t5.*fp8": "a checkpoint with an fp8 text encoder",
-    r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint",
-}
-
-
 def unusable(where, names, otherwise="not a checkpoint"):
-    """ModelError of what is not in the official layout; the names in it tell what it is."""
-    names = "\n".join(names)
-    kinds = (kind for pattern, kind in OTHER_LAYOUTS.items() if re.search(pattern, names, re.IGNORECASE | re.MULTILINE))
-    return ModelError(f"{where} is {next(kinds, otherwise)}: only the official layout can be read, as {REPOS['1.3B']}")
+    """ModelError of what is not in the official layout; names in it tell what it is."""
+    layouts = {"high_noise_model": "a Wan 2.2 checkpoint", r"\.gguf$": "a GGUF checkpoint", "lora": "a LoRA",
+               "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
+               "t5.*fp8": "a checkpoint with an fp8 text encoder",
+               r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint"}  # fmt: skip
+    found = [kind for pattern, kind in layouts.items() if re.search(pattern, "\n".join(names), re.I | re.M)]
+    kind = found[0] if found else otherwise
+    return ModelError(f"{where} is {kind}: only the official layout can be read, as {REPOS['1.3B']}")
+
+
+def read(path, reader):
+    """reader(path); ModelError when the file is damaged."""
+    try:
+        return reader(str(path))
+    except Exception as error:  # each format has its own exceptions
+        raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again") from None
+
+
+def read_tensors(path):
+    """name -> memory-mapped tensor of a .safetensors or .pth file."""
+    pickle = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
+    return read(path, pickle if path.suffix == ".pth" else load_file)
 
 
 def read_config(folder):
     """config.json of a checkpoint folder, {} where there is none; refuses every model but text-to-video."""
     path = Path(folder) / "config.json"
-    try:
-        config = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}: no valid JSON ({error})") from None
+    config = read(path, lambda path: dict(json.loads(Path(path).read_text()))) if path.exists() else {}
     if config.get("model_type", "t2v") != "t2v":
         raise ModelError(f"{path} is of a {config['model_type']!r} model; only text-to-video (t2v) ones can be used")
     return config
 
 
-def read_tensors(path):
-    """name -> memory-mapped tensor of a .safetensors or .pth file; ModelError when it is damaged."""
-    from safetensors.torch import load_file
+def load(cls, folder, device="cpu", dtype=None, progress=iter):
+    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder, on the device.
 
-    try:
-        if path.suffix == ".pth":
-            return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
-        return load_file(path)
-    except Exception as error:  # each format has its own exceptions for a damaged file
-        raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again") from None
-
-
-def read_checkpoint(folder, cls):
-    """The frozen DiT, VAE or TextEncoder of a checkpoint folder, memory-mapped: names and shapes are checked only.
-
-    config.json has the DiT's arguments and, of a checkpoint of another size than Wan's, under `vae` and `text_encoder`
-    the others'. Raises ModelError.
+    With no dtype and on the CPU weights stay memory-mapped: names and shapes are checked, no more. config.json has the
+    DiT's arguments and, of a checkpoint of another size than Wan's, under `vae` and `text_encoder` the others'.
+    progress wraps the list of a DiT's weights. Raises ModelError.
     """
     folder, config = Path(folder), read_config(folder)
     missing = [pattern for pattern in (*PARTS.values(), TOKENIZER_FILE) if not any(folder.glob(pattern))]
@@ -743,8 +714,8 @@ def read_checkpoint(folder, cls):
     tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
     arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
     if cls is DiT:
-        official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
         arguments = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
+        official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
         arguments = arguments or ARCHITECTURES[official][0]
     with torch.device("meta"):
         module = cls(**arguments).requires_grad_(False).eval()
@@ -755,16 +726,7 @@ def read_checkpoint(folder, cls):
     for name, p in module.named_parameters():
         if p.dtype.itemsize == 1:
             raise ModelError(f"{files[0]}: {name} is in fp8; that of {REPOS['1.3B']} is right")
-    return module
-
-
-def load(cls, folder, device="cpu", dtype=torch.float32, progress=iter):
-    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder (the checkpoint's dtype) on the device.
-
-    progress wraps the list of a DiT's weights. Raises ModelError.
-    """
-    module = read_checkpoint(folder, cls)
-    if cls is DiT:
+    if cls is DiT and dtype:
         return cast(module, dtype, device, progress)
     return module.to(device, torch.float32 if cls is VAE else None)
 
@@ -791,11 +753,7 @@ def encode_prompts(prompts, folder, device="cpu", offload=False):
     """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
     from tokenizers import Tokenizer
 
-    path = Path(folder) / TOKENIZER_FILE
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ModelError(f"{path} is damaged ({error}); delete it and fetch it again") from None
+    tokenizer = read(Path(folder) / TOKENIZER_FILE, Tokenizer.from_file)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoder = load(TextEncoder, folder, "cpu" if offload else device)
