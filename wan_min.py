@@ -9,7 +9,6 @@ latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimensio
 """
 
 import copy
-import fnmatch
 import html
 import inspect
 import json
@@ -18,12 +17,13 @@ import os
 import re
 import warnings
 import zlib
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -222,17 +222,13 @@ class DiT(nn.Module):
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
 
-        def run(layer, *args):
-            if not checkpoint:
-                return layer(*args)
-            contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
-            return recompute(layer, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-        tokens, _, shared = self.embed(x, t, context)
-        *before, last = self.blocks[:block]
-        for layer in before:
-            tokens = run(layer, tokens, *shared)
-        return run(last, tokens, *shared, True)
+        contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
+        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        x, _, shared = self.embed(x, t, context)
+        for n, layer in enumerate(self.blocks[:block], 1):
+            args = x, *shared, n == block
+            x = recompute(layer, *args, **options) if checkpoint else layer(*args)
+        return x
 
 
 def offload_blocks(module, device):
@@ -275,25 +271,24 @@ def offload_blocks(module, device):
 # ---- Video VAE: causal in time, streamed frame group by frame group --------------------------------------------------
 # `cache` is a plain dict that one streamed pass owns: module -> the last input frames that its next chunk needs.
 
-LATENT_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]  # fmt: skip
-LATENT_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]  # fmt: skip
+LATENT_MEAN = torch.tensor([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
+                            0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]).view(-1, 1, 1, 1)  # fmt: skip
+LATENT_STD = torch.tensor([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526,
+                           2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]).view(-1, 1, 1, 1)  # fmt: skip
 
 
 class CausalConv3d(nn.Conv3d):
     """3-D convolution that sees the past only: kernel − stride earlier frames, from the cache or zero at the start."""
 
-    def __init__(self, cin, cout, kernel, stride=(1, 1, 1)):
+    def __init__(self, cin, cout, kernel=(3, 3, 3), stride=(1, 1, 1)):
         super().__init__(cin, cout, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
         self.history = kernel[0] - stride[0]
 
     def forward(self, x, cache):
         if self.history:
             past = cache.get(self)
-            missing = self.history - (0 if past is None else past.shape[2])
-            x = x if past is None else torch.cat([past, x], dim=2)
-            x = F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x
+            past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:]) if past is None else past
+            x = torch.cat([past, x], dim=2)
             cache[self] = x[:, :, -self.history :].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
 
@@ -310,24 +305,29 @@ class ChannelNorm(nn.Module):
         return x * scale * self.gamma
 
 
-def stream(layers, x, cache):
-    """Run layers in order, handing the cache to those that look back in time."""
-    for layer in layers:
-        x = layer(x, cache) if isinstance(layer, (CausalConv3d, ResBlock, Resample)) else layer(x)
-    return x
+class Layers(nn.Sequential):
+    """Layers run in order; those that look back in time are handed the cache."""
+
+    def forward(self, x, cache):
+        for layer in self:
+            x = layer(x, cache) if isinstance(layer, (CausalConv3d, Layers, ResBlock, Resample)) else layer(x)
+        return x
 
 
 class ResBlock(nn.Module):
     def __init__(self, cin, cout):
         super().__init__()
-        self.residual = nn.Sequential(
-            ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout, (3, 3, 3)),
-            ChannelNorm(cout, 3), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout, (3, 3, 3)),
-        )  # fmt: skip
+        self.residual = Layers(ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout),
+                               ChannelNorm(cout, 3), nn.SiLU(), nn.Identity(), CausalConv3d(cout, cout))  # fmt: skip
         self.shortcut = CausalConv3d(cin, cout, (1, 1, 1)) if cin != cout else None
 
     def forward(self, x, cache):
-        return stream(self.residual, x, cache) + (self.shortcut(x, cache) if self.shortcut else x)
+        return self.residual(x, cache) + (self.shortcut(x, cache) if self.shortcut else x)
+
+
+def per_frame(layer, x):
+    """A layer for images (N, C, h, w) on each frame of x (B, C, T, h, w)."""
+    return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
 
 
 class FrameAttention(nn.Module):
@@ -337,90 +337,37 @@ class FrameAttention(nn.Module):
         super().__init__()
         self.norm, self.to_qkv, self.proj = ChannelNorm(dim, 2), nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x):
-        b, _, _, h, w = x.shape
-        y = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
-        q, k, v = rearrange(self.to_qkv(y), "n (three c) h w -> three n 1 (h w) c", three=3)
+    def attend(self, x):
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n (three c) h w -> three n 1 (h w) c", three=3)
         y = F.scaled_dot_product_attention(q, k, v)
-        y = self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=h, w=w))
-        return x + rearrange(y, "(b t) c h w -> b c t h w", b=b)
+        return self.proj(rearrange(y, "n 1 (h w) c -> n c h w", h=x.shape[2]))
+
+    def forward(self, x):
+        return x + per_frame(self.attend, x)
 
 
 class Resample(nn.Module):
     """Halve (`down`) or double the frame size; with `temporal` the frame rate too, the very first frame excepted."""
 
-    def __init__(self, dim, down, temporal):
+    def __init__(self, dim, down, temporal=False):
         super().__init__()
         self.down, self.time_conv = down, None
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-            if temporal:
-                self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
         else:
             upsample = nn.Upsample(scale_factor=2, mode="nearest-exact")
             self.resample = nn.Sequential(upsample, nn.Conv2d(dim, dim // 2, 3, padding=1))
-            if temporal:
-                self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
-
-    def resize(self, x):
-        frames = self.resample(rearrange(x, "b c t h w -> (b t) c h w"))
-        return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+        if temporal:
+            self.time_conv = CausalConv3d(dim, dim if down else 2 * dim, (3, 1, 1), (2 if down else 1, 1, 1))
 
     def forward(self, x, cache):
-        if self.time_conv is None:
-            return self.resize(x)
-        first = self.time_conv not in cache
-        if self.down:
-            x = self.resize(x)
-            if not first:
-                return self.time_conv(x, cache)
-            cache[self.time_conv] = x
-            return x
-        if first:
-            cache[self.time_conv] = None  # the second chunk starts from zeros, not from the first frame
-        else:
-            x = rearrange(self.time_conv(x, cache), "b (two c) t h w -> b c (t two) h w", two=2)
-        return self.resize(x)
-
-
-class Encoder(nn.Module):
-    """(B, 3, t, 8h, 8w) -> (B, 2z, ⌈t/4⌉, h, w)."""
-
-    def __init__(self, dim, z_dim):
-        super().__init__()
-        self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
-        layers, widths = [], [dim, dim, 2 * dim, 4 * dim, 4 * dim]
-        for i, (cin, cout) in enumerate(zip(widths, widths[1:])):
-            layers += [ResBlock(cin, cout), ResBlock(cout, cout)]
-            if i < 3:
-                layers.append(Resample(cout, down=True, temporal=i > 0))
-        self.downsamples = nn.Sequential(*layers)
-        self.middle = nn.Sequential(ResBlock(cout, cout), FrameAttention(cout), ResBlock(cout, cout))
-        self.head = nn.Sequential(ChannelNorm(cout, 3), nn.SiLU(), CausalConv3d(cout, 2 * z_dim, (3, 3, 3)))
-
-    def forward(self, x, cache):
-        return stream([self.conv1, *self.downsamples, *self.middle, *self.head], x, cache)
-
-
-class Decoder(nn.Module):
-    """(B, z, t, h, w) -> (B, 3, 4t, 8h, 8w); the first chunk, one frame, stays one frame."""
-
-    def __init__(self, dim, z_dim):
-        super().__init__()
-        width = 4 * dim
-        self.conv1 = CausalConv3d(z_dim, width, (3, 3, 3))
-        self.middle = nn.Sequential(ResBlock(width, width), FrameAttention(width), ResBlock(width, width))
-        layers, cin = [], width
-        for i, cout in enumerate([4 * dim, 4 * dim, 2 * dim, dim]):
-            layers += [ResBlock(cin, cout), ResBlock(cout, cout), ResBlock(cout, cout)]
-            if i < 3:
-                layers.append(Resample(cout, down=False, temporal=i < 2))
-            cin = cout // 2  # the up-sampler halves the channels
-        self.upsamples = nn.Sequential(*layers)
-        self.head = nn.Sequential(ChannelNorm(dim, 3), nn.SiLU(), CausalConv3d(dim, 3, (3, 3, 3)))
-
-    def forward(self, x, cache):
-        return stream([self.conv1, *self.middle, *self.upsamples, *self.head], x, cache)
+        x = per_frame(self.resample, x) if self.down else x
+        if self.time_conv in cache:
+            x = self.time_conv(x, cache)
+            x = x if self.down else rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
+        elif self.time_conv:
+            cache[self.time_conv] = x if self.down else None  # up, what follows the first frame starts from zeros
+        return x if self.down else per_frame(self.resample, x)
 
 
 Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
@@ -434,14 +381,16 @@ def blend_tiles(size, tile, stride, units, device=None):
     """
     tile, unit = min(tile, size), units[1]
     starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
-    position, ramp = torch.arange(tile * unit, device=device) + 0.5, max(tile - stride, 1) * unit
-    weights = torch.zeros(len(starts), size * unit, device=device)
-    parts = [[slice(start * n, (start + tile) * n) for n in units] for start in starts]
-    for row, start, (_, part) in zip(weights, starts, parts):
-        left = position / ramp if start > 0 else torch.ones_like(position)
-        right = (tile * unit - position) / ramp if start + tile < size else torch.ones_like(position)
-        row[part] = torch.minimum(left, right).clamp(max=1)
+    position, ramp = (torch.arange(size * unit, device=device) + 0.5) / unit, max(tile - stride, 1)  # in latents
+    weights = torch.ones(len(starts), size * unit, device=device)
+    for row, start in zip(weights, starts):
+        if start > 0:
+            row.clamp_(max=(position - start) / ramp)
+        if start + tile < size:
+            row.clamp_(max=(start + tile - position) / ramp)
+    weights.clamp_(min=0)  # each row is negative outside its own tile
     weights /= weights.sum(0)
+    parts = [[slice(start * n, (start + tile) * n) for n in units] for start in starts]
     return [Tile(*part, row[part[1]]) for part, row in zip(parts, weights)]
 
 
@@ -450,13 +399,21 @@ class VAE(nn.Module):
 
     def __init__(self, dim=96, z_dim=16):
         super().__init__()
-        self.z_dim = z_dim
-        self.encoder, self.decoder = Encoder(dim, z_dim), Decoder(dim, z_dim)
+        d1, d2, d4 = dim, 2 * dim, 4 * dim
+        down = Layers(ResBlock(d1, d1), ResBlock(d1, d1), Resample(d1, down=True),
+                      ResBlock(d1, d2), ResBlock(d2, d2), Resample(d2, down=True, temporal=True),
+                      ResBlock(d2, d4), ResBlock(d4, d4), Resample(d4, down=True, temporal=True),
+                      ResBlock(d4, d4), ResBlock(d4, d4))  # fmt: skip
+        up = Layers(ResBlock(d4, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
+                    ResBlock(d2, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
+                    ResBlock(d2, d2), ResBlock(d2, d2), ResBlock(d2, d2), Resample(d2, down=False),
+                    ResBlock(d1, d1), ResBlock(d1, d1), ResBlock(d1, d1))  # fmt: skip
+        middle = [Layers(ResBlock(d4, d4), FrameAttention(d4), ResBlock(d4, d4)) for _ in range(2)]
+        head = [Layers(ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout))
+                for cin, cout in ((d4, 2 * z_dim), (d1, 3))]  # fmt: skip
+        self.encoder = Layers(OrderedDict(conv1=CausalConv3d(3, d1), downsamples=down, middle=middle[0], head=head[0]))
+        self.decoder = Layers(OrderedDict(conv1=CausalConv3d(z_dim, d4), middle=middle[1], upsamples=up, head=head[1]))
         self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
-
-    def statistics(self, like):
-        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (LATENT_MEAN, LATENT_STD))
-        return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
 
     def tiled(self, step, x, out, tile, stride, progress):
         """Add to `out` the blend of step(chunk of x, cache) over spatial tiles, each streamed over time.
@@ -485,11 +442,11 @@ class VAE(nn.Module):
         b, _, t, h, w = video.shape
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video must have 4k+1 frames and sides that are multiples of 8, not {t} of {h}x{w}")
-        mean, std = self.statistics(video)
-        out = video.new_zeros(b, self.z_dim, t // 4 + 1, h // 8, w // 8)
+        mean, std = LATENT_MEAN.to(video), LATENT_STD.to(video)
+        out = video.new_zeros(b, len(mean), t // 4 + 1, h // 8, w // 8)
 
         def step(x, cache):
-            return (self.conv1(self.encoder(x, cache), cache)[:, : self.z_dim] - mean) / std
+            return (self.conv1(self.encoder(x, cache), cache).chunk(2, dim=1)[0] - mean) / std
 
         return self.tiled(step, video, out, tile, stride, progress)
 
@@ -497,7 +454,7 @@ class VAE(nn.Module):
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
         """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
         b, _, f, h, w = latents.shape
-        mean, std = self.statistics(latents)
+        mean, std = LATENT_MEAN.to(latents), LATENT_STD.to(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
 
         def step(x, cache):
@@ -506,18 +463,14 @@ class VAE(nn.Module):
         return self.tiled(step, latents, out, tile, stride, progress).clamp_(-1, 1)
 
 
-def whole_where_it_fits(convert):
-    """VAE.encode or decode, of the whole frame and, where memory does not suffice for that, of tiles."""
-
-    def run(x, progress=iter):
-        try:
-            return convert(x, tile=None, progress=progress)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
-
-    return run
+def whole_where_it_fits(convert, x, progress=iter):
+    """VAE.encode or decode of the whole frame or, where memory does not suffice for that, of tiles."""
+    try:
+        return convert(x, tile=None, progress=progress)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
 
 
 # ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
@@ -582,17 +535,14 @@ class TextEncoder(nn.Module):
 REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
 DIT_FILES, VAE_FILE = "diffusion_pytorch_model*.safetensors", "Wan2.1_VAE.pth"
 TEXT_FILE, TOKENIZER_FILE, TEXT_LENGTH = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", 512
+PARTS = {DiT: DIT_FILES, VAE: VAE_FILE, TextEncoder: TEXT_FILE}
 FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters that Wan keeps in fp32, by name
 
-ARCHITECTURES = {  # constructor arguments of DiT and VAE; tiny and small exist with random weights only
+ARCHITECTURES = {  # constructor arguments of DiT and VAE; tiny exists with random weights only
     "1.3B": ({}, {}),
     "14B": (dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), {}),
     "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8)),
-    "small": (dict(dim=256, ffn_dim=1024, num_heads=2, num_layers=16, text_dim=64), dict(dim=8)),
 }
-CANVASES = {"tiny": ((64, 112), (112, 64)), "small": ((320, 480), (480, 320))}  # every other model: Wan's
-DEFAULTS = {"tiny": dict(frames=33, block=3, window=3), "small": dict(frames=17, block=8)}
-
 
 # Of Wan's own configuration: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
 NEGATIVE_PROMPT = (
@@ -610,9 +560,7 @@ class Model(NamedTuple):
 
     blocks: int  # DiT blocks
     encode_prompts: Callable  # list of n prompts -> contexts (n, L, text_dim); loads and frees the text encoder
-    load_codec: (
-        Callable  # (vae_tiles=False) -> object with encode(video, progress=iter) and decode(latents, progress=iter)
-    )
+    load_codec: Callable  # (vae_tiles=False) -> what has encode(video, progress=iter), decode(latents, progress=iter)
     load_dit: Callable  # (progress=iter) -> DiT: velocity by call, `qk`, `patch_size`, `blocks`
     canvases: tuple  # sizes (H, W) in pixels that it was trained at, the default first
     max_frames: int  # the longest clip it was trained at
@@ -629,10 +577,11 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
     host memory. Raises ModelError.
     """
-    random = random_weights or name in ("tiny", "small")
+    random = random_weights or name == "tiny"
     if random and name not in ARCHITECTURES:
         raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
-    arguments, fetch = (ARCHITECTURES[name][0], None) if random else find_checkpoint(name)
+    arguments = ARCHITECTURES[name][0] if random else {}
+    blocks, fetch = (arguments.get("num_layers", 30), None) if random else find_checkpoint(name)
 
     def load_part(cls, device, progress=iter):
         if random:
@@ -646,23 +595,24 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
 
     def load_codec(vae_tiles=False):
         vae = load_part(VAE, device)
-        if vae_tiles:
-            return vae
-        return SimpleNamespace(encode=whole_where_it_fits(vae.encode), decode=whole_where_it_fits(vae.decode))
+        encode, decode = (partial(whole_where_it_fits, convert) for convert in (vae.encode, vae.decode))
+        return vae if vae_tiles else SimpleNamespace(encode=encode, decode=decode)
 
     def load_dit(progress=iter):
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
-    canvases = CANVASES.get(name, ((480, 832), (832, 480)))
-    defaults = {"negative_prompt": NEGATIVE_PROMPT} | DEFAULTS.get(name, {})
-    return Model(arguments.get("num_layers", 30), encode, load_codec, load_dit, canvases, 81, 16.0, defaults)
+    defaults = {"negative_prompt": NEGATIVE_PROMPT}
+    if name == "tiny":
+        defaults |= dict(frames=33, block=3, window=3)
+        return Model(blocks, encode, load_codec, load_dit, ((64, 112), (112, 64)), 81, 16.0, defaults)
+    return Model(blocks, encode, load_codec, load_dit, ((480, 832), (832, 480)), 81, 16.0, defaults)
 
 
-def cast(dit, dtype):
-    """Cast a DiT's weights in place to dtype, but for the parts that Wan keeps in fp32."""
-    for name, p in dit.named_parameters():
-        p.data = p.data.to(torch.float32 if any(part in name for part in FP32_PARTS) else dtype)
+def cast(dit, dtype, device=None, progress=iter):
+    """Cast a DiT's weights in place to dtype, but for the parts that Wan keeps in fp32, and move them to the device."""
+    for name, p in progress(list(dit.named_parameters())):
+        p.data = p.data.to(device, torch.float32 if any(part in name for part in FP32_PARTS) else dtype)
     return dit
 
 
@@ -673,10 +623,10 @@ def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
     module = (cast(module, dtype) if cls is DiT else module).to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, p in module.named_parameters():
-        if "norm" in name or name.endswith("gamma"):
-            p.fill_(0 if name.endswith("bias") else 1)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             p.zero_()
+        elif "norm" in name or name.endswith("gamma"):
+            p.fill_(1)
         else:
             fan_in = p.shape[-1] if "modulation" in name else p[0].numel()
             p.normal_(0, fan_in**-0.5, generator=generator)
@@ -685,18 +635,18 @@ def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
 
 def random_contexts(prompts, text_dim, device="cpu"):
     """Stand-ins for encoded prompts, each drawn from its prompt's text, at unit scale: (n, 512, text_dim) fp32."""
-    seeds = [zlib.crc32(prompt.encode(errors="replace")) for prompt in prompts]
-    draws = [torch.randn(TEXT_LENGTH, text_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(draws).to(device)
+    generators = [torch.Generator().manual_seed(zlib.crc32(prompt.encode(errors="replace"))) for prompt in prompts]
+    return torch.stack([torch.randn(TEXT_LENGTH, text_dim, generator=g) for g in generators]).to(device)
 
 
 def find_checkpoint(name):
-    """config.json of the checkpoint `name`, or the like, and a function that gives its folder with all files checked.
+    """Number of DiT blocks of the checkpoint `name`, and a function that gives its folder with all files checked.
 
     A local folder is checked at once. Of a hub repo config.json is fetched at once, all else by that function.
     """
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
-        return check_checkpoint(name)[DiT][0], lambda: Path(name)
+        parts = [read_checkpoint(name, cls) for cls in PARTS]
+        return len(parts[0].blocks), lambda: name
     repo = REPOS.get(name, name)
     path = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
     if os.path.isfile(name):
@@ -714,16 +664,18 @@ def find_checkpoint(name):
         except utils.RepositoryNotFoundError:
             reason = "is not on the hub: check the spelling, or run `hf auth login` if it is private"
         except Exception as error:  # each version of the library has its own
-            reason = (f"cannot be fetched ({first_line(error)}); run it again, it resumes; or go online, or fetch it "
-                      f"elsewhere with `hf download {repo} --local-dir DIR` and pass --model DIR, or copy a filled hub "
-                      "cache here and set HF_HOME")  # fmt: skip
+            reason = (
+                f"cannot be fetched ({shorten(str(error), 200)}); run it again, it resumes; or go online, or pass "
+                f"--model DIR after `hf download {repo} --local-dir DIR`, or set HF_HOME to a filled hub cache"
+            )
         raise ModelError(f"{repo} {reason}")
 
     @lru_cache
     def fetch():
-        files = ["config.json", DIT_FILES, VAE_FILE, TEXT_FILE, TOKENIZER_FILE]
-        folder = Path(hub(snapshot_download, allow_patterns=files))
-        check_checkpoint(folder)
+        files = ["config.json", *PARTS.values(), TOKENIZER_FILE]
+        folder = hub(snapshot_download, allow_patterns=files)
+        for cls in PARTS:
+            read_checkpoint(folder, cls)
         return folder
 
     try:
@@ -733,30 +685,29 @@ def find_checkpoint(name):
         if "config.json" not in files:
             raise unusable(repo, files) from None
         config = hub(hf_hub_download, filename="config.json")
-    return read_config(Path(config)), fetch
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return read_config(Path(config).parent).get("num_layers", 30), fetch
 
 
 OTHER_LAYOUTS = {  # pattern of the name of a file, class or weight -> what has it
-    "*high_noise_model*": "a Wan 2.2 checkpoint", "*model_index.json": "a Diffusers checkpoint",
-    "transformer*": "a Diffusers checkpoint", "wantransformer3dmodel": "a Diffusers checkpoint",
-    "*.gguf": "a GGUF checkpoint", "*lora*": "a LoRA", "*t5*fp8*": "a checkpoint with an fp8 text encoder",
-    "*.safetensors": "a repackaged checkpoint",
-}  # fmt: skip
+    "high_noise_model": "a Wan 2.2 checkpoint",
+    "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
+    r"\.gguf$": "a GGUF checkpoint",
+    "lora": "a LoRA",
+    "t5.*fp8": "a checkpoint with an fp8 text encoder",
+    r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint",
+}
 
 
 def unusable(where, names, otherwise="not a checkpoint"):
     """ModelError of what is not in the official layout; the names in it tell what it is."""
-    names = [name.lower() for name in names if not name.startswith("diffusion_pytorch_model")]
-    kinds = (kind for pattern, kind in OTHER_LAYOUTS.items() if fnmatch.filter(names, pattern))
+    names = "\n".join(names)
+    kinds = (kind for pattern, kind in OTHER_LAYOUTS.items() if re.search(pattern, names, re.IGNORECASE | re.MULTILINE))
     return ModelError(f"{where} is {next(kinds, otherwise)}: only the official layout can be read, as {REPOS['1.3B']}")
 
 
-def read_config(path):
-    """config.json of a checkpoint, {} where there is none; refuses every model but text-to-video."""
+def read_config(folder):
+    """config.json of a checkpoint folder, {} where there is none; refuses every model but text-to-video."""
+    path = Path(folder) / "config.json"
     try:
         config = dict(json.loads(path.read_text())) if path.exists() else {}
     except (TypeError, ValueError) as error:
@@ -775,56 +726,47 @@ def read_tensors(path):
             return dict(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
         return load_file(path)
     except Exception as error:  # each format has its own exceptions for a damaged file
-        raise ModelError(f"{path} is damaged ({first_line(error)}); delete it and fetch it again") from None
+        raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again") from None
 
 
-def check_checkpoint(folder, classes=(DiT, VAE, TextEncoder)):
-    """Compare a checkpoint folder with its architecture, by names and shapes; no weight is read.
+def read_checkpoint(folder, cls):
+    """The frozen DiT, VAE or TextEncoder of a checkpoint folder, memory-mapped: names and shapes are checked only.
 
-    Returns {class: (constructor arguments, {name: memory-mapped tensor})}. config.json has the DiT's arguments and, of
-    a checkpoint of another size than Wan's, under `vae` and `text_encoder` the others'. Raises ModelError.
+    config.json has the DiT's arguments and, of a checkpoint of another size than Wan's, under `vae` and `text_encoder`
+    the others'. Raises ModelError.
     """
-    folder, parts = Path(folder), {}
-    config = read_config(folder / "config.json")
-    files = {DiT: sorted(folder.glob(DIT_FILES)), VAE: [folder / VAE_FILE], TextEncoder: [folder / TEXT_FILE]}
-    missing = [name for name in (VAE_FILE, TEXT_FILE, TOKENIZER_FILE) if not (folder / name).exists()]
-    missing = missing if files[DiT] else [DIT_FILES, *missing]
+    folder, config = Path(folder), read_config(folder)
+    missing = [pattern for pattern in (*PARTS.values(), TOKENIZER_FILE) if not any(folder.glob(pattern))]
     if missing:
         raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
-    for cls in classes:
-        tensors = {name: tensor for file in files[cls] for name, tensor in read_tensors(file).items()}
-        arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
-        if cls is DiT:
-            official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
-            known = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
-            arguments = known or ARCHITECTURES[official][0]
-        with torch.device("meta"):
-            wanted = cls(**arguments).state_dict()
-        wrong = [f"{name} is missing" for name in wanted if name not in tensors]
-        wrong += [f"{name} is unknown" for name in tensors if name not in wanted]
-        wrong += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(p.shape)}" for name, p in wanted.items()
-                  if name in tensors and tensors[name].shape != p.shape]  # fmt: skip
-        wrong += [f"{name} is in fp8" for name, p in tensors.items() if p.dtype.itemsize == 1]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ModelError(f"{files[cls][0]}: {'; '.join(wrong[:3])}{more}; that of {REPOS['1.3B']} is right")
-        parts[cls] = arguments, tensors
-    return parts
+    files = sorted(folder.glob(PARTS[cls]))
+    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
+    if cls is DiT:
+        official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
+        arguments = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
+        arguments = arguments or ARCHITECTURES[official][0]
+    with torch.device("meta"):
+        module = cls(**arguments).requires_grad_(False).eval()
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{files[0]}: {shorten(str(error), 300)}; that of {REPOS['1.3B']} is right") from None
+    for name, p in module.named_parameters():
+        if p.dtype.itemsize == 1:
+            raise ModelError(f"{files[0]}: {name} is in fp8; that of {REPOS['1.3B']} is right")
+    return module
 
 
 def load(cls, folder, device="cpu", dtype=torch.float32, progress=iter):
     """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder (the checkpoint's dtype) on the device.
 
-    progress wraps the list of weights. Raises ModelError.
+    progress wraps the list of a DiT's weights. Raises ModelError.
     """
-    arguments, tensors = check_checkpoint(folder, [cls])[cls]
-    with torch.device("meta"):
-        module = cls(**arguments)
-    for name in progress(list(tensors)):
-        keep = cls is VAE or any(part in name for part in FP32_PARTS)
-        tensors[name] = tensors[name].to(device, None if cls is TextEncoder else torch.float32 if keep else dtype)
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+    module = read_checkpoint(folder, cls)
+    if cls is DiT:
+        return cast(module, dtype, device, progress)
+    return module.to(device, torch.float32 if cls is VAE else None)
 
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
