@@ -146,6 +146,28 @@ def test_amf_keeps_no_gathered_keys_for_the_backward_pass():
     assert sum(kept) < 6 * 6 * 49 * 16  # pairs, tiles, window, D
 
 
+def test_entropy_of_attention_in_shares_of_uniform():
+    Q, K = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 5)
+    Q[..., 0] = 40
+
+    def entropy(**options):
+        found, key_mean = fastvmt.attention_motion_flow(Q, K, span=1, entropy=True, **options)
+        assert found.shape == (2, 2, 4, 1) and key_mean.shape[0] == 2
+        return found
+
+    for window in (None, 2):
+        close(entropy(window=window), torch.ones(2, 2, 4, 1), 1e-6)  # all keys are alike
+    K[..., 0], K[:, 1, 2, 0] = -1, 1
+    close(entropy(window=None), torch.zeros(2, 2, 4, 1), 1e-6)  # one key has all attention
+    K[:, 0, 3, 0] = 1
+    close(entropy(window=None), torch.full((2, 2, 4, 1), math.log(2) / math.log(8)), 1e-6)  # two of eight
+    close(entropy(window=2, center="argmax", tile=(2, 4))[0], torch.full((2, 4, 1), 0.5), 1e-6)  # two of four
+    assert torch.equal(entropy(window=1), torch.zeros(2, 2, 4, 1))
+    K[:, 0, 3, 0] = 0.9  # τ sharpens
+    blurred, sharp = entropy(window=None, tau=1.0), entropy(window=None, tau=2.0)
+    assert (sharp < blurred - 0.05).all()
+
+
 def test_tiles_partition_the_grid_and_return():
     for (H, W), tile in itertools.product([(1, 1), (3, 4), (7, 9), (5, 13)], [(3, 4), (1, 1), (4, 2), (9, 20)]):
         x = torch.arange(2.0 * H * W).view(2, H, W, 1)
@@ -1634,6 +1656,8 @@ def test_presets():
     assert config == MotionConfig(span=3, lambda_window=1 / 1560, lr=(0.1, 0.2), ref_noise=0.2) and args.strength == 1
     _, config, _ = fastvmt.parse_arguments(["--model", "tiny", "--preset", "release"])
     assert (config.block, config.window, config.span) == (3, 3, 3)  # the model's own where the preset has none
+    _, config, _ = fastvmt.parse_arguments(["--model", "tiny", "--preset", "ditflow"])
+    assert (config.block, config.window) == (3, None)
     _, config, _ = fastvmt.parse_arguments(["--model", "tiny", "--window", "5", "--tile", "2", "2"])
     assert (config.window, config.tile, config.block) == (5, (2, 2), 3)
 
