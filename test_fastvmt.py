@@ -686,13 +686,14 @@ def test_the_method_makes_every_tensor_on_its_device_and_reads_none_back():
 
 def test_the_whole_path_makes_every_tensor_on_the_device_asked_for(tmp_path, monkeypatch):
     """Prompts, video to latents, guided sampling, latents to video; all from a checkpoint's files."""
-    true, sigmas = wan_min.TextEncoder.forward, wan_min.flow_sigmas(1)
+    true, load, sigmas = wan_min.TextEncoder.forward, wan_min.load, wan_min.flow_sigmas(1)
 
     def watched(*args):
         with Tensors("meta"):
             return true(*args)
 
     monkeypatch.setattr(wan_min.TextEncoder, "forward", watched)
+    monkeypatch.setattr(wan_min, "load", lambda cls, folder, device, *args: load(cls, folder, "cpu", *args).to(device))
     write_checkpoint(tmp_path / "m")
     for offload in (False, True):
         model = wan_min.open_model(str(tmp_path / "m"), "meta", torch.bfloat16, offload=offload)
