@@ -154,10 +154,9 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
                           entropy=False):  # fmt: skip
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
-    better; pairs in frame_pairs' order, tiles row-major. window=None is the full-frame AMF of DiTFlow. entropy: return
-    window_flow's (P, H, W, 1) in the flow's place. Gradients flow to Q and K, not through the choice of window. Costs
-    P·S·M·D; about max_elements gathered keys and logits exist at once, which the backward pass gathers again.
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens, or of entropy (P, H, W, 1), and
+    key_mean K̄ (P, N, D), fp32 or better; pairs in frame_pairs' order, tiles row-major. window=None: the full-frame
+    AMF of DiTFlow. No gradient flows through the choice of window. About max_elements gathered keys and logits exist at once.
     """
     num_frames, H, W, D = Q.shape
     if num_frames < 2 or span < 1 or window is not None and window < 1:
@@ -281,10 +280,9 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
            config=MotionConfig(), checkpoint=False, callback=lambda step, x, losses: None):  # fmt: skip
     """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
 
-    dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as in wan_min.DiT. noise (1, C, F, h, w);
-    sigmas (steps+1,) decreasing to 0; context, negative and null (1, L, text_dim): the target, the negative and the
-    empty prompt. reference: clean latents like noise, or None for plain generation. checkpoint: see DiT.qk.
-    callback(step, x, losses) follows each step, with guide's losses or None. Returns clean latents, fp32.
+    dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
+    (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
+    latents or None. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
@@ -559,13 +557,13 @@ def check_arguments(args, config, model, kept):
             raise UserError(f"--{name} {value} is not between {low} and {high}")
     outputs = [path for path in (args.out, args.compare) if path]
     distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
-    if len(distinct) < 1 + len(outputs) or any(x.suffix.lower() != ".mp4" or os.path.isdir(x) for x in outputs):
+    if len(distinct) < 1 + len(outputs) or any(path.suffix.lower() != ".mp4" for path in outputs):
         raise UserError("--out and --compare must be two file names that end in .mp4, and not the reference")
-    for path in (kept, *map(partial_path, outputs)):
-        existed = path.exists()
-        path.open("ab").close()  # OSError where it cannot be written
-        if not existed:
-            path.unlink()
+    for path in (kept, *outputs):
+        partial_path(path).touch()  # OSError where it cannot be written
+        partial_path(path).unlink()
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder")
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
@@ -621,7 +619,9 @@ def run(args, config, model):
     dit = model.load_dit(progress)
     for n in range(model.blocks if args.compile else 0):
         dit.blocks[n].compile()
-    results = {name: x.to(args.device) for name, x in saved.items() if x.shape == noise.shape}
+    if saved and saved.get("result", noise[0]).shape != noise.shape:
+        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
+    results = {name: x.to(args.device) for name, x in saved.items()}
     if not results:
         if args.plain and args.compare and not args.no_transfer:
             results["plain"] = generate(args, config, dit, noise, contexts, None)
