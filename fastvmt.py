@@ -156,7 +156,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
 
     Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens, or of entropy (P, H, W, 1), and
     key_mean K̄ (P, N, D), fp32 or better; pairs in frame_pairs' order, tiles row-major. window=None: the full-frame
-    AMF of DiTFlow. No gradient flows through the choice of window. About max_elements gathered keys and logits exist at once.
+    AMF of DiTFlow. No gradient flows through the choice of window. About max_elements keys and logits exist at once.
     """
     num_frames, H, W, D = Q.shape
     if num_frames < 2 or span < 1 or window is not None and window < 1:
