@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils import checkpoint as recomputation
 
 
 def out_of_memory(error):
@@ -65,12 +64,9 @@ def timestep_embedding(t, dim):
 
 
 def rope_table(grid, head_dim, device):
-    """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64.
-
-    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with base 10000.
-    """
+    """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    side = 2 * (head_dim // 6)
+    side = 2 * (head_dim // 6)  # channels for row and for column; the frame has the others
     positions = torch.cartesian_prod(*(torch.arange(length, dtype=dtype, device=device) for length in grid))  # (S, 3)
     freqs = [10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
              for dim in (head_dim - 2 * side, side, side)]  # fmt: skip
@@ -84,15 +80,11 @@ def apply_rope(x, table):
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x/rms(x)·weight over the last dimension, computed in fp32, returned in x's dtype."""
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -160,7 +152,7 @@ class Head(nn.Module):
 def keep_self_attention(_, op, *args, **kwargs):
     """Policy of recomputation: only the output of self-attention, most of a block's arithmetic, is stored."""
     attention = "scaled_dot_product" in op.name() and args[0].shape == args[1].shape  # q and k, alike in length
-    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+    return recomputation.CheckpointPolicy.MUST_SAVE if attention else recomputation.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class DiT(nn.Module):
@@ -215,12 +207,12 @@ class DiT(nn.Module):
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-        contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
+        contexts = partial(recomputation.create_selective_checkpoint_contexts, keep_self_attention)
         options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         x, _, shared = self.embed(x, t, context)
         for n, layer in enumerate(self.blocks[:block], 1):
             args = x, *shared, n == block
-            x = recompute(layer, *args, **options) if checkpoint else layer(*args)
+            x = recomputation.checkpoint(layer, *args, **options) if checkpoint else layer(*args)
         return x
 
 
@@ -233,10 +225,6 @@ def offload_blocks(module, device):
     """
     stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
     thread, host, copies, last, weights = ThreadPoolExecutor(1), [], {}, 0, None
-    for block in module.blocks:
-        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
-        block.to("meta")  # else host memory would hold the weights twice
-    shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed
 
     def fetch(n):
         with torch.cuda.stream(stream):
@@ -254,8 +242,10 @@ def offload_blocks(module, device):
         copies[following] = thread.submit(fetch, following)
         return torch.func.functional_call(shell, weights, args, kwargs)
 
+    shell = copy.deepcopy(module.blocks[0]).to("meta")  # runs with the weights that it is handed
     for n, block in enumerate(module.blocks):
-        block.forward = partial(run, n)
+        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
+        block.to("meta").forward = partial(run, n)  # else host memory would hold the weights twice
     for child in set(module.children()) - {module.blocks}:
         child.to(device)
     return module
@@ -349,8 +339,7 @@ class Resample(nn.Module):
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         else:
-            upsample = nn.Upsample(scale_factor=2, mode="nearest-exact")
-            self.resample = nn.Sequential(upsample, nn.Conv2d(dim, dim // 2, 3, padding=1))
+            self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
         if temporal:
             self.time_conv = CausalConv3d(dim, dim if down else 2 * dim, (3, 1, 1), (2 if down else 1, 1, 1))
 
@@ -365,10 +354,10 @@ class Resample(nn.Module):
 
 
 def blend_tiles(size, tile, stride, units, device=None):
-    """Overlapping tiles of one axis: list of Tile.
+    """Overlapping tiles of one axis: list of Tile, whose weights ramp over the overlap and sum to 1 everywhere.
 
-    size, tile and stride are in latents; units are the pixels of a latent in input and output. The weights of all tiles
-    sum to 1 everywhere and ramp over the overlap; the last tile is shifted to end at the border.
+    size, tile and stride are in latents; units are the pixels of a latent in input and output. The last tile is shifted
+    to end at the border.
     """
     tile, unit = min(tile, size), units[1]
     starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
@@ -512,7 +501,7 @@ class TextEncoder(nn.Module):
         return self.norm(x)
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
+# ---- Loading and prompts ---------------------------------------------------------------------------------------------
 
 REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
 DIT_FILES, VAE_FILE = "diffusion_pytorch_model*.safetensors", "Wan2.1_VAE.pth"
@@ -620,10 +609,7 @@ def random_contexts(prompts, text_dim, device="cpu"):
 
 
 def find_checkpoint(name):
-    """Number of DiT blocks of the checkpoint `name`, and a function that gives its folder with all files checked.
-
-    A local folder is checked at once. Of a hub repo config.json is fetched at once, all else by that function.
-    """
+    """Number of DiT blocks of the checkpoint `name`, and a function that gives its folder with all files checked."""
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
         dit, *_ = [load(cls, name) for cls in PARTS]
         return len(dit.blocks), lambda: name
@@ -634,7 +620,7 @@ def find_checkpoint(name):
     if repo not in REPOS.values() and path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         names = ", ".join(ARCHITECTURES)
         raise ModelError(f"unknown model {name!r}: give a checkpoint folder, a hub repo id, or one of toy, {names}")
-    from huggingface_hub import hf_hub_download, model_info, snapshot_download, utils
+    from huggingface_hub import list_repo_files, snapshot_download, utils
 
     def hub(call, **options):
         try:
@@ -655,14 +641,10 @@ def find_checkpoint(name):
             load(cls, folder)
         return folder
 
-    try:
-        config = hf_hub_download(repo, "config.json", local_files_only=True)
-    except OSError:  # not in the cache; asking for the repo fails at once where a download tries for long
-        files = [file.rfilename for file in hub(model_info, timeout=10).siblings]
-        if "config.json" not in files:
-            raise unusable(repo, files) from None
-        config = hub(hf_hub_download, filename="config.json")
-    return read_config(Path(config).parent).get("num_layers", 30), fetch
+    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache where there is no net
+    if not config:
+        raise unusable(repo, hub(list_repo_files))
+    return config.get("num_layers", 30), fetch
 
 
 def unusable(where, names, otherwise="not a checkpoint"):
@@ -731,14 +713,8 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
     return module.to(device, torch.float32 if cls is VAE else None)
 
 
-# ---- Prompts ---------------------------------------------------------------------------------------------------------
-
-
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt, list of at most 512, the end token last; a longer one is cut with a warning.
-
-    The text is cleaned as by the official code: ftfy, HTML-unescaped, white space collapsed.
-    """
+    """UMT5 ids of a prompt cleaned as by the official code: list, the end token last, cut to 512 with a warning."""
     import ftfy
 
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
