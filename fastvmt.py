@@ -154,10 +154,9 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
                           entropy=False):  # fmt: skip
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
-    better; pairs in frame_pairs' order, tiles row-major. window=None is the full-frame AMF of DiTFlow. entropy: return
-    window_flow's (P, H, W, 1) in the flow's place. Gradients flow to Q and K, not through the choice of window. Costs
-    P·S·M·D; about max_elements gathered keys and logits exist at once, which the backward pass gathers again.
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens, or of entropy (P, H, W, 1), and
+    key_mean K̄ (P, N, D), fp32 or better; pairs in frame_pairs' order, tiles row-major. window=None: the full-frame
+    AMF of DiTFlow. No gradient flows through the choice of window. About max_elements keys and logits exist at once.
     """
     num_frames, H, W, D = Q.shape
     if num_frames < 2 or span < 1 or window is not None and window < 1:
@@ -278,13 +277,12 @@ def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
 
 @torch.no_grad()
 def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None,
-           config=MotionConfig(), checkpoint=False, callback=None):  # fmt: skip
+           config=MotionConfig(), checkpoint=False, callback=lambda step, x, losses: None):  # fmt: skip
     """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
 
-    dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as in wan_min.DiT. noise (1, C, F, h, w);
-    sigmas (steps+1,) decreasing to 0; context, negative and null (1, L, text_dim): the target, the negative and the
-    empty prompt. reference: clean latents like noise, or None for plain generation. checkpoint: see DiT.qk.
-    callback(step, x, losses) follows each step, with guide's losses or None. Returns clean latents, fp32.
+    dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
+    (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
+    latents or None. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
@@ -305,8 +303,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
             v_negative = dit(x, t, negative)
             v = v_negative + cfg_scale * (v - v_negative)
         x = x + (next_sigma - sigma) * v
-        if callback:
-            callback(step, x, losses)
+        callback(step, x, losses)
     return x
 
 
@@ -332,7 +329,7 @@ from tqdm import tqdm
 import wan_min
 
 MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
-DEMO = "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"  # a picture slides right and down
+DEMO = ["-f", "lavfi", "-i", "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"]  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
 
 
@@ -395,8 +392,8 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
             size, turn = frames[0].shape[:2], False
     else:
         skip = min(start, 10.0)  # decoded for nothing, as ffmpeg may seek to after the key frame that is needed
-        source = ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]  # absolute: no URL, no option
-        source = ["-f", "lavfi", "-i", DEMO] if path == "demo" else source
+        # An absolute path is no URL and no option.
+        source = DEMO if path == "demo" else ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]
         frames = decode_frames(task, source, num_frames, size, fps, turn, skip)
     if len(frames) < 5:
         raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s, not 5 or more")
@@ -435,10 +432,9 @@ def flow_agreement(flow_ref, flow_gen, moving=0.5):
 
 
 def compare_video(clips, flows):
-    """Named clips side by side, under each its motion as colours, grey where it rests: (1, 3, T, 2·n·h + 42, …).
+    """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
 
-    clips: name -> (1, 3, T, h, w) in [-1, 1], under 240 rows shown n times as large; flows: each one's AMF
-    (F−1, H, W, 2) to the next latent frame, drawn to one common scale.
+    clips: name -> (1, 3, T, h, w) in [-1, 1], drawn z times as large; flows: AMF (F−1, H, W, 2) of offset 1 of each.
     """
     videos = torch.cat([clip.float().cpu() for clip in clips.values()])
     zoom = math.ceil(240 / videos.shape[3])
@@ -561,13 +557,13 @@ def check_arguments(args, config, model, kept):
             raise UserError(f"--{name} {value} is not between {low} and {high}")
     outputs = [path for path in (args.out, args.compare) if path]
     distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
-    if len(distinct) < 1 + len(outputs) or any(x.suffix.lower() != ".mp4" or os.path.isdir(x) for x in outputs):
+    if len(distinct) < 1 + len(outputs) or any(path.suffix.lower() != ".mp4" for path in outputs):
         raise UserError("--out and --compare must be two file names that end in .mp4, and not the reference")
-    for path in (kept, *map(partial_path, outputs)):
-        existed = path.exists()
-        path.open("ab").close()  # OSError where it cannot be written
-        if not existed:
-            path.unlink()
+    for path in (kept, *outputs):
+        partial_path(path).touch()  # OSError where it cannot be written
+        partial_path(path).unlink()
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder")
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
@@ -582,8 +578,7 @@ def generate(args, config, dit, noise, contexts, reference):
     def callback(step, x, losses):
         if not torch.isfinite(x).all():
             raise UserError(f"the latent is not finite after step {step + 1} of {args.steps}; try --dtype fp32")
-        text = "loss {:.4g} (AMF {:.4g}, window {:.4g})"
-        bar.set_postfix_str("" if losses is None else text.format(*losses[-1].tolist()))
+        bar.set_postfix(zip(("loss", "AMF", "window"), [] if losses is None else losses[-1].tolist()))
         bar.update(step + 1 - bar.n)
 
     with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
@@ -607,7 +602,6 @@ def run(args, config, model):
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
     read = model.demo if args.ref == "demo" and model.demo else read_video
     video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
-    # What made the video, for its metadata; the paper's ethics statement promises such a marking.
     record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__}
     record = json.dumps(record | {"ref": os.path.basename(args.ref)}, default=os.path.basename)
     notices = {
@@ -625,21 +619,22 @@ def run(args, config, model):
     dit = model.load_dit(progress)
     for n in range(model.blocks if args.compile else 0):
         dit.blocks[n].compile()
-    results = {name: x.to(args.device) for name, x in saved.items() if x.shape == noise.shape}
+    if saved and saved.get("result", noise[0]).shape != noise.shape:
+        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
+    results = {name: x.to(args.device) for name, x in saved.items()}
     if not results:
         if args.plain and args.compare and not args.no_transfer:
             results["plain"] = generate(args, config, dit, noise, contexts, None)
         results["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
-        save_file({name: x.cpu() for name, x in results.items()}, kept)
+        save_file({name: x.cpu() for name, x in results.items()}, partial_path(kept))
+        partial_path(kept).replace(kept)  # a file that is there is whole
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
-
-    def measure(x, **options):
-        x = match_noise(x, noise, MEASURE_SIGMA)
-        return motion_features(dit, x, MEASURE_SIGMA, contexts[2], config, **options)[0]
-
-    flows = {name: measure(x) for name, x in {"reference": reference, **results}.items()}
-    entropy, offset_1 = measure(reference, entropy=True).mean(), noise.shape[2] // dit.patch_size[0] - 1
-    dit = None  # the decoder needs the memory
+    flows, entropies = {}, {}
+    for name, x in {"reference": reference, **results}.items():
+        inputs = dit, match_noise(x, noise, MEASURE_SIGMA), MEASURE_SIGMA, contexts[2], config
+        (flows[name], _), (entropies[name], _) = motion_features(*inputs), motion_features(*inputs, entropy=True)
+    offset_1 = noise.shape[2] // dit.patch_size[0] - 1  # pairs of neighbouring frames, which come first
+    del dit, inputs  # the decoder needs the memory
     clips = {"reference": video, **{name: codec.decode(x, progress=progress) for name, x in results.items()}}
     write_video(args.out, clips["result"], fps, record)
     if args.compare:
@@ -648,7 +643,9 @@ def run(args, config, model):
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     cosine, error = flow_agreement(flows["reference"], flows["result"])
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    print(f"entropy of the reference's attention over its windows: {100 * entropy:.0f} % of uniform")
+    print(
+        f"entropy of the reference's attention over its windows: {100 * entropies['reference'].mean():.0f} % of uniform"
+    )
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 

@@ -6,6 +6,7 @@ pip install -r requirements.txt pytest diffusers transformers && python -m pytes
 import argparse
 import dataclasses
 import html
+import inspect
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastvmt
 import wan_min
@@ -31,6 +34,8 @@ from fastvmt import MotionConfig
 from lab import cost, effect, metrics, table1, toy, train
 
 HERE = Path(__file__).parent
+os.environ["OMP_NUM_THREADS"] = "1"  # of programs that are started; tensors here are too small to share
+torch.set_num_threads(1)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -116,12 +121,12 @@ def test_amf_gradient_equals_that_of_the_equations():
     flow, key_mean = fastvmt.attention_motion_flow(Q, K, span=2, tile=(3, 4), window=3, max_elements=300)
     a, b = randn(*flow.shape, dtype=torch.float64), randn(*key_mean.shape, dtype=torch.float64)
     grads = torch.autograd.grad((flow * a).sum() + (key_mean * b).sum(), (Q, K))
-    total, grid = 0, (5, 7)
+    total = 0
     positions = torch.cartesian_prod(torch.arange(5.0), torch.arange(7.0)).double()
     for p, (i, j) in enumerate(zip(*fastvmt.frame_pairs(3, 2))):
         queries = fastvmt.tile_queries(Q.detach(), (3, 4))
         centers = fastvmt.window_centers(queries[i][None], K.detach()[j][None])
-        index = fastvmt.window_indices(fastvmt.window_origins(centers, grid, (3, 3)), grid, (3, 3))[0]  # (N, M)
+        index = fastvmt.window_indices(centers, (5, 7), (3, 3))[0]  # (N, M)
         for r, c in itertools.product(range(5), range(7)):
             tile = r // 3 * 2 + c // 4
             keys = K[j].flatten(0, 1)[index[tile]]
@@ -141,6 +146,28 @@ def test_amf_keeps_no_gathered_keys_for_the_backward_pass():
     assert sum(kept) < 6 * 6 * 49 * 16  # pairs, tiles, window, D
 
 
+def test_entropy_of_attention_in_shares_of_uniform():
+    Q, K = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 5)
+    Q[..., 0] = 40
+
+    def entropy(**options):
+        found, key_mean = fastvmt.attention_motion_flow(Q, K, span=1, entropy=True, **options)
+        assert found.shape == (2, 2, 4, 1) and key_mean.shape[0] == 2
+        return found
+
+    for window in (None, 2):
+        close(entropy(window=window), torch.ones(2, 2, 4, 1), 1e-6)  # all keys are alike
+    K[..., 0], K[:, 1, 2, 0] = -1, 1
+    close(entropy(window=None), torch.zeros(2, 2, 4, 1), 1e-6)  # one key has all attention
+    K[:, 0, 3, 0] = 1
+    close(entropy(window=None), torch.full((2, 2, 4, 1), math.log(2) / math.log(8)), 1e-6)  # two of eight
+    close(entropy(window=2, center="argmax", tile=(2, 4))[0], torch.full((2, 4, 1), 0.5), 1e-6)  # two of four
+    assert torch.equal(entropy(window=1), torch.zeros(2, 2, 4, 1))
+    K[:, 0, 3, 0] = 0.9  # τ sharpens
+    blurred, sharp = entropy(window=None, tau=1.0), entropy(window=None, tau=2.0)
+    assert (sharp < blurred - 0.05).all()
+
+
 def test_tiles_partition_the_grid_and_return():
     for (H, W), tile in itertools.product([(1, 1), (3, 4), (7, 9), (5, 13)], [(3, 4), (1, 1), (4, 2), (9, 20)]):
         x = torch.arange(2.0 * H * W).view(2, H, W, 1)
@@ -156,10 +183,9 @@ def test_tiles_partition_the_grid_and_return():
 
 def test_window_is_shifted_into_the_grid_not_cropped():
     centers = torch.tensor([[[0, 0], [2, 3], [5, 8], [3, 7]]])
-    origins = fastvmt.window_origins(centers, (6, 9), (3, 5))
-    assert origins.tolist() == [[[0, 0], [1, 1], [3, 4], [2, 4]]]
-    assert fastvmt.window_indices(origins, (6, 9), (3, 5))[0, 1].tolist() == [
-        10, 11, 12, 13, 14, 19, 20, 21, 22, 23, 28, 29, 30, 31, 32]  # fmt: skip
+    windows = fastvmt.window_indices(centers, (6, 9), (3, 5))[0]
+    assert windows[:, 0].tolist() == [0, 9 + 1, 3 * 9 + 4, 2 * 9 + 4]
+    assert windows[1].tolist() == [10, 11, 12, 13, 14, 19, 20, 21, 22, 23, 28, 29, 30, 31, 32]
 
 
 def test_head_average_is_over_heads():
@@ -181,6 +207,14 @@ def test_losses_equal_the_equations(num_frames, span):
         for r, c in itertools.product(range(3), range(5)):
             true += weight * float(((ref[p, r, c] - gen[p, r, c]) ** 2).sum()) / (len(pairs) * 15)
     assert math.isclose(fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3).item(), true)
+    mask = torch.tensor([[0.0, 2.0, 0.0, 0.0, 1.0], [0.0] * 5, [3.0, 0.0, 0.0, 0.0, 0.0]])  # three tokens count
+    true = 0
+    for p, (a, b) in enumerate(pairs):
+        errors = [((ref[p, r, c] - gen[p, r, c]) ** 2).sum().item() for r, c in ((0, 1), (0, 4), (2, 0))]
+        decay = 1 - 0.3 * (b - a - 1) / max(span - 1, 1)
+        true += decay * (2 * errors[0] + errors[1] + 3 * errors[2]) / 6 / len(pairs)
+    weighted = fastvmt.amf_loss(ref, gen, num_frames=num_frames, span=span, alpha=0.3, weight=mask)
+    assert math.isclose(weighted.item(), true)
 
     key_mean = randn(len(pairs), 4, 6, dtype=torch.float64)
     for squared in (False, True):
@@ -196,8 +230,6 @@ def test_losses_equal_the_equations(num_frames, span):
 
 
 def test_losses_weights_and_gradients():
-    assert fastvmt.offset_weights(torch.arange(1, 6), 5).tolist() == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8])
-    assert fastvmt.offset_weights(torch.ones(1), 1).tolist() == [1.0]
     ref, gen = (randn(9, 3, 5, 2, seed=s).requires_grad_() for s in (1, 2))
     key_mean = randn(9, 4, 6).requires_grad_()
     config = MotionConfig(span=3, lambda_amf=2.0, lambda_window=0.5)  # 5 frames, span 3: 9 pairs
@@ -458,10 +490,11 @@ def test_guidance_lowers_the_loss(dit, clip):
     sigmas = wan_min.flow_sigmas(4, shift=1.0, strength=0.8)
     fastvmt.sample(dit, noise, sigmas, context, negative, reference=reference, null=null, config=config,
                    callback=callback)  # fmt: skip
-    assert [len(losses) for losses in steps] == [4, 4, 0, 0]  # ⌈10/3⌉ gradients in the first half of the steps
+    assert steps[2:] == [None, None]
     for losses in steps[:2]:
+        assert losses.shape == (4, 3)  # ⌈10/3⌉ gradients in the first half of the steps
         assert losses[-1][0] < 0.6 * losses[0][0]
-        for total, amf, window in losses:
+        for total, amf, window in losses.tolist():
             assert total == pytest.approx(5 * amf + window, rel=1e-5)
 
 
@@ -476,13 +509,13 @@ def test_sampler_features_of_the_reference(clip):
             return torch.zeros_like(x)
 
         def qk(self, x, t, context, block, checkpoint):
-            self.qk_calls.append((x.detach().clone(), t.item(), context, block, torch.is_grad_enabled()))
+            self.qk_calls.append((x.detach().clone(), t.item(), context, block, torch.is_grad_enabled(), checkpoint))
             q = x[..., ::2, ::2].flatten(2).transpose(1, 2)[:, :, None]
             return q, q
 
     sigmas, spy = wan_min.flow_sigmas(10, shift=3.0, strength=0.9), Spy()
-    run = dict(reference=reference, null=null)
-    for mode, references in (("match", 2), ("clean", 1)):
+    run = dict(reference=reference, null=null, checkpoint=True)
+    for mode, references in (("match", 2), (0.0, 1), (0.4, 1)):
         spy.qk_calls = []
         config = MotionConfig(block=7, inner_steps=4, interval=2, ref_noise=mode)
         fastvmt.sample(spy, noise, sigmas, context, negative, config=config, **run)
@@ -490,8 +523,9 @@ def test_sampler_features_of_the_reference(clip):
         of_result = [c for c in spy.qk_calls if c[2] is context]
         assert (len(of_reference), len(of_result)) == (references, 4) and len(spy.qk_calls) == references + 4
         assert all(c[3] == 7 for c in spy.qk_calls) and not any(c[4] for c in of_reference)
+        assert all(c[4] and c[5] for c in of_result)
         for sigma, (x, t, *_) in zip(sigmas.tolist(), of_reference):
-            level = sigma if mode == "match" else 0.0
+            level = sigma if mode == "match" else mode
             assert t == pytest.approx(1000 * level)
             close(x, (1 - level) * reference + level * noise, 1e-5)
         assert [c[1] for c in of_result] == pytest.approx([1000 * sigmas[n].item() for n in (0, 0, 1, 1)])
@@ -507,12 +541,32 @@ def test_features_and_losses_follow_the_settings(dit, clip):
         true = fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=5, tau=3.0, center=center)
         close(flow, true[0], 1e-4)
         close(key_mean, true[1], 1e-4)
-    shown = fastvmt.noised_flow(dit, reference, noise, null, config)  # at noise level 0.1
-    true = fastvmt.motion_features(dit, fastvmt.match_noise(reference, noise, 0.1), 0.1, null, config)[0]
-    assert torch.equal(shown, true)
-    _, amf, window = fastvmt.motion_losses(shown, flow, key_mean, num_frames=5, config=config)
-    assert amf == fastvmt.amf_loss(shown, flow, num_frames=5, span=3, alpha=0.5)
+        entropy, _ = fastvmt.motion_features(
+            dit, x, sigma, text, dataclasses.replace(config, center=center), entropy=True
+        )
+        true = fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=5, tau=3.0, center=center, entropy=True)
+        close(entropy, true[0], 1e-5)
+    ref = randn(*flow.shape)
+    _, amf, window = fastvmt.motion_losses(ref, flow, key_mean, num_frames=5, config=config)
+    assert amf == fastvmt.amf_loss(ref, flow, num_frames=5, span=3, alpha=0.5)
     assert window == fastvmt.window_loss(key_mean, num_frames=5, span=3, squared=True)
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 4), (1, 3, 2), (2, 3, 4)])
+def test_patches_of_any_shape(clip, patch):
+    """Rows and columns of tokens are those of the latents over the patch's, frames too."""
+    noise, reference, context, negative, null = clip
+    noise, reference = noise[:, :, :4], reference[:, :, :4]
+    dit = wan_min.random_model(wan_min.DiT, TINY | dict(patch_size=patch))
+    frames, rows, cols = grid = 4 // patch[0], 12 // patch[1], 16 // patch[2]
+    config = dataclasses.replace(CONFIG, window=3)
+    flow, _ = fastvmt.motion_features(dit, reference, 0.5, null, config)
+    q, k = (part[0].mean(1).view(*grid, 24) for part in dit.qk(reference, torch.tensor([500.0]), null, 3))
+    close(flow, fastvmt.attention_motion_flow(q, k, span=3, tile=(2, 3), window=3)[0], 1e-4)
+    assert flow.shape == (len(fastvmt.frame_pairs(frames, 3)[0]), rows, cols, 2)
+    latents = fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, reference=reference, null=null,
+                             config=config)  # fmt: skip
+    assert latents.shape == noise.shape and latents.isfinite().all()
 
 
 def test_guided_steps():
@@ -522,26 +576,148 @@ def test_guided_steps():
 
 def test_bad_arguments_of_the_method(clip, dit):
     noise, reference, context, negative, null = clip
-    for kwargs in (dict(reference=reference), dict(reference=reference[:, :, :1], null=null)):
-        with pytest.raises(ValueError, match="reference"):
-            fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, **kwargs)
-    kwargs = dict(reference=reference, null=null, config=MotionConfig(block=3, ref_noise="matched"))
-    with pytest.raises(KeyError, match="matched"):
-        fastvmt.sample(dit, noise, wan_min.flow_sigmas(2), context, negative, **kwargs)
+    two = torch.cat([noise, noise])
+    for start, kwargs in ((noise, dict(reference=reference)), (noise, dict(reference=reference[:, :, :1], null=null)),
+                          (two, dict(reference=two, null=null))):  # fmt: skip
+        with pytest.raises(ValueError, match="reference.*noise, one clip, .*null"):
+            fastvmt.sample(dit, start, wan_min.flow_sigmas(2), context, negative, **kwargs)
+    for change in (dict(block=0), dict(tile=(0, 4)), dict(tile=(3, 0)), dict(window=0), dict(span=0), dict(interval=0),
+                   dict(inner_steps=0), dict(center="middle"), dict(ref_noise="clean"), dict(ref_noise=-0.1),
+                   dict(ref_noise=1.1), dict(ref_noise=math.nan), dict(ref_noise=None)):  # fmt: skip
+        with pytest.raises(fastvmt.UserError, match=[*change][0]):
+            MotionConfig(**change)
     x = randn(3, 4, 5, 6)
-    for frames, kwargs in ((1, {}), (3, dict(span=0)), (3, dict(window=0)), (3, dict(center="middle"))):
-        with pytest.raises(ValueError, match="at least|center"):
+    for frames, kwargs in ((1, {}), (3, dict(span=0)), (3, dict(window=0))):
+        with pytest.raises(ValueError, match="at least"):
             fastvmt.attention_motion_flow(x[:frames], x[:frames], **kwargs)
     with pytest.raises(ValueError, match="do not divide"):
         dit(noise[..., 1:], torch.ones(1), context)
 
 
-def test_a_latent_that_is_not_finite_stops_the_run(clip):
-    def broken(x, t, context):
-        return x * (math.nan if t < 900 else 1)
+def test_batches_without_a_reference_are_sampled(clip, dit):
+    noise, _, context, negative, _ = clip
+    two, sigmas = torch.cat([noise, noise.flip(2)]), wan_min.flow_sigmas(2)
+    together = fastvmt.sample(dit, two, sigmas, context.expand(2, -1, -1), negative.expand(2, -1, -1))
+    for n in (0, 1):
+        close(together[n : n + 1], fastvmt.sample(dit, two[n : n + 1], sigmas, context, negative), 1e-4)
 
-    with pytest.raises(FloatingPointError, match="step 3 of 5"):
-        fastvmt.sample(broken, clip[0], wan_min.flow_sigmas(5, shift=3.0), clip[2], clip[3])
+
+def test_a_bf16_reference_is_computed_with_in_fp32(clip, dit):
+    noise, reference, context, negative, null = clip
+    half = reference.bfloat16()
+    results = [fastvmt.sample(dit, noise, wan_min.flow_sigmas(2, 1.0, 0.7), context, negative, reference=x, null=null,
+                              config=CONFIG) for x in (half, half.float())]  # fmt: skip
+    assert results[0].dtype == torch.float32 and torch.equal(*results)
+
+
+def test_the_defaults_are_the_papers():
+    assert dataclasses.asdict(MotionConfig()) == dict(
+        block=15, tile=(3, 4), window=21, span=5, tau=1.0, center="soft", alpha=0.2, lambda_amf=5.0, lambda_window=1.0,
+        squared=False, guided_fraction=0.2, inner_steps=10, interval=3, lr=(0.003, 0.002), ref_noise=0.0,
+    )  # fmt: skip
+    seen = set()
+    for function, names in ((fastvmt.attention_motion_flow, "span tile window tau center"), (fastvmt.amf_loss,
+        "span alpha"), (fastvmt.window_loss, "span squared"), (fastvmt.optimize_latent, "inner_steps interval lr"),
+        (fastvmt.window_centers, "tau center")):  # fmt: skip
+        defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+        defaults["inner_steps"] = defaults.pop("steps", None)
+        for name in names.split():
+            assert defaults[name] == getattr(MotionConfig(), name), (function.__name__, name)
+        seen |= set(names.split())
+    assert seen == {f.name for f in dataclasses.fields(MotionConfig)} - {
+        "block", "lambda_amf", "lambda_window", "guided_fraction", "ref_noise"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Purity and memory: on the device "meta" tensors have shapes but no numbers, so that nothing can be read back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Tensors(TorchDispatchMode):
+    """Sees every tensor that is made inside: those of one or more dimensions must be on the device that is named.
+
+    (Numbers, such as AdamW's count of steps, may stay on the host.) `peak` is the most bytes that lived at once.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.live, self.peak, self.seen = device, 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dim():
+                assert x.device.type == self.device, f"{op} made a tensor {tuple(x.shape)} on {x.device}"
+                self.count(x.untyped_storage())
+        return out
+
+    def count(self, storage):
+        if storage not in self.seen:
+            self.seen.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.forget, storage.nbytes())
+
+    def forget(self, nbytes):
+        self.live -= nbytes
+
+
+def test_the_method_makes_every_tensor_on_its_device_and_reads_none_back():
+    sizes = (1, 16, 5, 12, 16), (1, 16, 5, 12, 16), (1, 7, 16), (1, 7, 16), (1, 7, 16)
+    with torch.device("meta"):
+        dit = wan_min.DiT(**TINY | dict(num_layers=2)).requires_grad_(False)
+        noise, reference, context, negative, null = (torch.empty(size) for size in sizes)
+        flow = torch.empty(9, 6, 8, 2)
+        weight = torch.empty(6, 8)
+    sigmas = wan_min.flow_sigmas(2)
+    with Tensors("meta"):
+        for checkpoint, change in ((False, dict(center="argmax", window=None, squared=True)),
+                                   (True, dict(ref_noise="match"))):  # fmt: skip
+            config, losses = dataclasses.replace(CONFIG, block=2, inner_steps=2, interval=1, **change), []
+            latents = fastvmt.sample(dit, noise, sigmas, context, negative, reference=reference, null=null,
+                                     config=config, checkpoint=checkpoint,
+                                     callback=lambda step, x, found, losses=losses: losses.append(found))  # fmt: skip
+            assert latents.is_meta and latents.shape == noise.shape and losses[0].is_meta and losses[1] is None
+            assert fastvmt.motion_features(dit, latents, 0.1, null, config, entropy=True)[0].shape == (9, 6, 8, 1)
+        assert fastvmt.amf_loss(flow, flow, num_frames=5, span=3, weight=weight).is_meta
+    with Tensors("meta"), pytest.raises(AssertionError, match="on cpu"):
+        torch.arange(3)
+
+
+def test_the_whole_path_makes_every_tensor_on_the_device_asked_for(tmp_path, monkeypatch):
+    """Prompts, video to latents, guided sampling, latents to video; all from a checkpoint's files."""
+    true, load, sigmas = wan_min.TextEncoder.forward, wan_min.load, wan_min.flow_sigmas(1)
+
+    def watched(*args):
+        with Tensors("meta"):
+            return true(*args)
+
+    monkeypatch.setattr(wan_min.TextEncoder, "forward", watched)
+    monkeypatch.setattr(wan_min, "load", lambda cls, folder, device, *args: load(cls, folder, "cpu", *args).to(device))
+    write_checkpoint(tmp_path / "m")
+    for offload in (False, True):
+        model = wan_min.open_model(str(tmp_path / "m"), "meta", torch.bfloat16, offload=offload)
+        video = torch.empty(1, 3, 5, 32, 48, device="meta")
+        contexts = model.encode_prompts(["a red fox", "", ""])
+        codec, dit = model.load_codec(), model.load_dit()
+        with Tensors("meta"):
+            reference = codec.encode(video)
+            latents = fastvmt.sample(dit, torch.empty_like(reference), sigmas, *contexts.split(1)[:2],
+                                     reference=reference, null=contexts[2:], checkpoint=offload,
+                                     config=MotionConfig(block=2, inner_steps=1))  # fmt: skip
+            decoded = codec.decode(latents)
+        assert decoded.is_meta and decoded.shape == video.shape and contexts.is_meta and contexts.shape[:2] == (3, 512)
+
+
+def test_the_papers_shape_takes_no_more_memory_than_told():
+    """81 frames of 480x832: 21 latent frames of 30×52 tokens in 130 tiles; all keys gathered at once are 2.6 GB."""
+    Q, K = (torch.empty(21, 30, 52, 128, device="meta", requires_grad=True) for _ in range(2))
+    with Tensors("meta") as tensors:
+        flow, key_mean = fastvmt.attention_motion_flow(Q, K)
+        forward = tensors.peak
+        torch.autograd.grad(flow.sum() + key_mean.sum(), (Q, K))
+    assert flow.shape == (95 - 5, 30, 52, 2) and key_mean.shape == (90, 130, 128)
+    assert forward < 7 * 2**25 and tensors.peak < 11 * 2**25  # max_elements is 2**25, of 4 bytes
 
 
 def test_flow_sigmas():
@@ -1257,82 +1433,158 @@ def write_clip(path, num_frames=14, size=(48, 80), fps=12, options=()):
 
 
 def run_main(capsys, *args):
-    """Exit code, stdout and stderr of the program, in this process."""
+    """Exit code, stdout and stderr, without bars, of the program in this process."""
     code = fastvmt.main([str(a) for a in args])
     out = capsys.readouterr()
-    return code, out.out, out.err
+    return code, out.out, "\n".join(line for line in out.err.splitlines() if line and not re.search(r"it/s|s/it", line))
 
 
 SMALL = ["--prompt", "a red fox", "--model", "tiny", "--steps", "2", "--inner-steps", "2", "--device", "cpu"]
+DEMO = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5"]
 
 
-def test_command_line_makes_the_video(tmp_path):
-    ref = write_clip(tmp_path / "in.mp4", fps=12)
-    outputs = []
+def failing(error):
+    """A function that raises it."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def test_command_line_makes_the_video(tmp_path, capsys):
+    ref, outputs = write_clip(tmp_path / "in.mp4", fps=12), {}
     for name, extra in (("a", []), ("b", []), ("c", ["--seed", "1"]), ("d", ["--no-transfer"])):
         out = tmp_path / name / "out.mp4"
         out.parent.mkdir()
-        command = [sys.executable, HERE / "fastvmt.py", "--ref", ref, "--out", out, "--size", "33x64", *SMALL, *extra]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0 and not done.stderr, done.stderr  # no bars in a log file
-        assert "noise by design" in done.stdout and "32x64" in done.stdout
+        args = ["--ref", ref, "--out", out, "--size", "33x64", "--frames", "11", *SMALL, *extra]
+        if name == "a":
+            command = [sys.executable, HERE / "fastvmt.py", *args]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 0 and "sampling: 100%" in done.stderr, done.stderr
+            lines = done.stdout.splitlines()
+        else:
+            assert run_main(capsys, *args)[::2] == (0, "")
         assert [p.name for p in out.parent.iterdir()] == ["out.mp4"]
-        outputs.append(out.read_bytes())
-    assert outputs[0] == outputs[1] and outputs[0] != outputs[2] and outputs[0] != outputs[3]
+        outputs[name] = out.read_bytes()
+    assert outputs["a"] == outputs["b"] and len(set(outputs.values())) == 3
     info = ffmpeg("-i", tmp_path / "a" / "out.mp4", "-f", "null", "-")
-    assert all(s in info for s in ("Video: h264", "yuv420p", "64x32", "12 fps", "frame=   13")), info
+    assert all(s in info for s in ("Video: h264", "yuv420p", "64x32", "16 fps", "frame=    9")), info
+    expected = (r"encoding the prompts", r"encoding the reference, 9 frames of 32x64 at 16 fps", r"loading the DiT",
+                r"guiding steps 1 to 1 of 2, σ 1\.000 to 1\.000", r"latents kept in \S+out\.latents\.safetensors; .*",
+                r"wrote \S+out\.mp4", r"flow of the result .*: cosine -?\d\.\d+, error \d+\.\d+ tokens",
+                r"entropy of the reference's attention over its windows: \d+ % of uniform")  # fmt: skip
+    assert len(lines) == len(expected) and all(map(re.fullmatch, expected, lines)), lines
 
 
-def test_user_errors(tmp_path, capsys):
+def test_the_run_is_its_parts(tmp_path, capsys, monkeypatch):
+    """Which latents and settings the video, the plain one, the flows and the printed lines are made of."""
+    seen, clips = [], []
+    agreement = fastvmt.flow_agreement
+    monkeypatch.setattr(fastvmt, "flow_agreement", lambda *flows: seen.extend(flows) or agreement(*flows))
+    monkeypatch.setattr(fastvmt, "compare_video", lambda *args: clips.append(args) or args[0]["result"])
+    args = [*DEMO, "--out", tmp_path / "o.mp4", "--compare", tmp_path / "c.mp4", "--plain", "--seed", "5",
+            "--strength", "0.7", "--steps", "3", "--guided-fraction", "0.5", "--negative-prompt", "blur"]  # fmt: skip
+    args, config, model = fastvmt.parse_arguments([str(a) for a in args])
+    fastvmt.run(args, config, model)
+    text = capsys.readouterr().out
+    video, codec, dit = fastvmt.read_video("demo", 5, (32, 48)), model.load_codec(), model.load_dit()
+    reference, (context, negative, null) = codec.encode(video), model.encode_prompts(["a red fox", "blur", ""]).split(1)
+    noise, sigmas = randn(*reference.shape, seed=5), [wan_min.flow_sigmas(3, 7.0, s) for s in (1.0, 0.7)]
+    latents = {"reference": reference, "plain": fastvmt.sample(dit, noise, sigmas[0], context, negative),
+               "result": fastvmt.sample(dit, noise, sigmas[1], context, negative, reference=reference, null=null,
+                                        config=config)}  # fmt: skip
+    flows, entropies = zip(*([fastvmt.motion_features(dit, 0.9 * x + 0.1 * noise, 0.1, null, config, entropy=e)[0]
+                              for e in (False, True)] for x in latents.values()))  # fmt: skip
+    assert [*clips[0][0]] == ["reference", "plain", "result"]
+    for name, clip in clips[0][0].items():
+        close(clip, video if name == "reference" else codec.decode(latents[name]), 1e-4)
+    for shown, flow in zip(clips[0][1], flows):
+        close(shown, flow[:1], 1e-4)
+    close(seen[0], flows[0], 1e-4)
+    close(seen[1], flows[2], 1e-4)
+    assert not torch.equal(flows[0], flows[2])
+    cosine, error = agreement(flows[0], flows[2])
+    assert f"cosine {cosine:.3f}, error {error:.2f} tokens" in text
+    assert f"windows: {100 * entropies[0].mean():.0f} % of uniform" in text
+    assert f"steps 1 to 2 of 3, σ {sigmas[1][0]:.3f} to {sigmas[1][1]:.3f}" in text and text.count("guiding") == 1
+    monkeypatch.undo()
+    fastvmt.run(replaced(args, no_transfer=True, plain=False, compare=None), config, model)
+    assert "guiding" not in capsys.readouterr().out  # plain generation starts from pure noise at every strength
+    again = fastvmt.read_video(tmp_path / "o.mp4", 5, (32, 48))
+    fastvmt.write_video(tmp_path / "plain.mp4", codec.decode(latents["plain"]), 16)
+    close(again, fastvmt.read_video(tmp_path / "plain.mp4", 5, (32, 48)), 0.05)
+
+
+def replaced(args, **changes):
+    return argparse.Namespace(**vars(args) | changes)
+
+
+def test_user_errors(tmp_path, capsys, monkeypatch):
     ref = write_clip(tmp_path / "in.mp4")
-    short = write_clip(tmp_path / "short.mp4", num_frames=4)
+    short = write_clip(tmp_path / "short.mp4", num_frames=3, fps=16)
     text = tmp_path / "text.mp4"
     text.write_text("no video")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "p.mp4").mkdir(parents=True)
+    (tmp_path / "out" / "q.latents.safetensors").mkdir()
     out = tmp_path / "out" / "o.mp4"
     before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(wan_min, "random_contexts", failing(AssertionError("told before anything is loaded")))
     cases = [  # arguments that come last, what the message must name
         (["--ref", tmp_path / "no.mp4"], "no.mp4"),
-        (["--ref", tmp_path], "no file"),
+        (["--ref", tmp_path / "empty"], "0 frames"),
         (["--ref", text], "text.mp4"),
-        (["--ref", short], "4 frames"),
-        (["--prompt", "  "], "prompt is empty"),
-        (["--size", "16x64"], "at least 32"),
+        (["--ref", short], "3 frames"),
+        (["--start", "1"], "from 1 s"),
+        (["--prompt", "  "], "prompt is missing, or the prompt is empty"),
         (["--size", "480"], "HxW"),
         (["--size", "axb"], "HxW"),
-        (["--frames", "4"], "--frames"),
-        (["--steps", "0"], "--steps"),
-        (["--guided-fraction", "1.5"], "guided-fraction"),
-        (["--center", "middle"], "--center"),
+        (["--frames", "4"], "--frames 4 is not between 5"),
+        (["--steps", "0"], "--steps 0"),
+        (["--fps", "0"], "--fps 0"),
+        (["--fps", "nan"], "--fps nan"),
+        (["--start", "-1"], "--start -1"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--shift", "0"], "--shift 0"),
+        (["--strength", "1.5"], "--strength 1.5"),
+        (["--center", "middle"], "center must be 'soft' or 'argmax', not 'middle'"),
+        (["--ref-noise", "clean"], "--ref-noise"),
+        (["--ref-noise", "2"], "ref_noise must be a noise level from 0 to 1"),
+        (["--span", "0"], "span"),
+        (["--preset", "mine"], "--preset"),
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--model", tmp_path / "nowhere"], "nowhere"),
         (["--model", tmp_path / "empty"], "without diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5"),
         (["--block", "5"], "block 5 is outside the model's 1 to 4"),
-        (["--block", "0"], "--block"),
+        (["--block", "0"], "block"),
         (["--out", tmp_path / "missing" / "o.mp4"], "missing"),
         (["--out", text / "o.mp4"], "text.mp4"),
         (["--out", tmp_path / "o.avi"], ".mp4"),
         (["--out", ref], "not the reference"),
-        (["--out", tmp_path / ("a" * 250 + ".mp4")], "cannot be written"),
-        (["--ref", "a" * 300], "does not exist"),
-        (["--ref", "no\nsuch"], "does not exist"),
+        (["--out", tmp_path / ("a" * 250 + ".mp4")], "name too long"),
+        (["--out", tmp_path / "out" / "p.mp4"], "file names"),
+        (["--out", tmp_path / "out" / "q.mp4"], "q.latents.safetensors"),  # a folder is in the way of the latents
+        (["--ref", "a" * 300], "name too long"),
+        (["--ref", "no\nsuch"], "no such"),
         (["--no-such-flag"], "--no-such-flag"),
-        (["--device", "abacus"], "abacus"),
+        (["--device", "abacus"], "device abacus cannot be used"),
         (["--compare", tmp_path / "missing" / "c.mp4"], "missing"),
-        (["--compile", "--offload"], "exclude"),
-        (["--compare", out], "another output"),
+        (["--compare", out], "not the reference"),
         (["--window", "wide"], "--window"),
-        (["--decode", text], "cannot be read"),
-        (["--decode", text, "--device", "abacus"], "abacus"),
-        (["--decode", tmp_path / "no.safetensors"], "cannot be read"),
-    ]
+        (["--decode", text], "header"),
+        (["--decode", tmp_path / "no.safetensors"], "no.safetensors"),
+    ]  # fmt: skip
     for extra, message in cases:
         code, _, err = run_main(capsys, "--ref", ref, "--out", out, *SMALL, *extra)
         assert code == 2, extra
-        assert message in err and len(err.splitlines()) == 1, err
-    code, _, err = run_main(capsys, "--prompt", "a fox")
+        assert message.lower() in err.lower() and len(err.splitlines()) == 1, (extra, err)
+    code, _, err = run_main(capsys, "--prompt", "a fox", "--model", "tiny")
     assert code == 2 and "--ref" in err
+    full = shutil.disk_usage(tmp_path)._replace(free=2**26)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    code, _, err = run_main(capsys, "--ref", ref, "--out", out, *SMALL)
+    assert code == 2 and "128 MiB" in err and len(err.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -1341,7 +1593,7 @@ def test_help_shows_every_setting_with_default_and_source(capsys):
         fastvmt.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for f in dataclasses.fields(MotionConfig):
-        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"].replace("None", "'none'") in text
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"] in text
         assert any(mark in f.metadata["help"] for mark in ("eq.", "Sec.", "App.", "Alg."))
     for default in ("15)", "21)", "(3, 4)", "(0.003, 0.002)", "5.8)", "7.0)", "50)", "81)"):
         assert f"(default: {default}" in text
@@ -1357,7 +1609,7 @@ def test_every_setting_reaches_the_method(monkeypatch, tmp_path):
     monkeypatch.setattr(fastvmt, "sample", fake)
     flags = dict(block=2, tile=(2, 5), window=7, span=4, tau=1.5, center="argmax", alpha=0.1, lambda_amf=2.0,
                  lambda_window=3.0, squared=True, guided_fraction=0.5, inner_steps=4, interval=2, lr=(0.1, 0.2),
-                 ref_noise="clean")  # fmt: skip
+                 ref_noise=0.3)  # fmt: skip
     assert set(flags) == {f.name for f in dataclasses.fields(MotionConfig)}
     args = ["--ref", "demo", "--prompt", "a", "--model", "tiny", "--size", "32x48", "--frames", "7", "--steps", "9",
             "--cfg-scale", "3", "--strength", "0.5", "--shift", "1", "--seed", "3"]  # fmt: skip
@@ -1369,7 +1621,66 @@ def test_every_setting_reaches_the_method(monkeypatch, tmp_path):
     assert seen["config"] == MotionConfig(**flags)
     assert (seen["steps"], seen["first"], seen["cfg_scale"]) == (9, 0.5, 3.0)
     assert torch.equal(seen["noise"], torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(3)))
-    assert fastvmt.main([str(a) for a in [*args, "--window", "none"]]) == 0 and seen["config"].window is None
+    more = ["--window", "none", "--ref-noise", "match"]
+    assert fastvmt.main([str(a) for a in [*args, *more]]) == 0
+    assert seen["config"].window is None and seen["config"].ref_noise == "match"
+    args = [*DEMO, "--preset", "release", "--out", str(tmp_path / "o.mp4")]
+    assert fastvmt.main(args) == 0
+    assert seen["first"] == pytest.approx(7 * 0.75 / (1 + 6 * 0.75)) and "15 fps" in ffmpeg("-i", tmp_path / "o.mp4")
+    assert seen["config"].span == 3 and seen["config"].ref_noise == "match"
+
+
+def test_presets():
+    def parse(*argv):
+        args, config, _ = fastvmt.parse_arguments(["--model", "1.3B", "--random-weights", *argv])
+        return args, config
+
+    args, config = parse()
+    assert config == MotionConfig() and (args.strength, args.steps, args.shift, args.cfg_scale) == (1, 50, 7, 5.8)
+    assert (args.frames, args.fps, args.size) == (81, None, None)
+    args, config = parse("--preset", "paper")  # of Algorithm 1 and Sec. 4.1
+    assert config == MotionConfig(ref_noise="match") and (args.strength, args.steps, args.shift) == (1, 50, 7)
+    args, config = parse("--preset", "release")
+    assert config == MotionConfig(span=3, lambda_window=1 / 1560, lr=(0.003, 0.0021), ref_noise="match")
+    assert (args.strength, args.fps, args.cfg_scale, args.shift) == (0.75, 15, 5.8, 7)
+    args, config = parse("--preset", "ditflow")
+    assert config == MotionConfig(window=None, span=20, alpha=0.0, tau=2.0, lambda_window=0.0, inner_steps=5,
+                                  interval=1, lr=(0.002, 0.001), ref_noise=0.0)  # fmt: skip
+    assert args.strength == 1
+    args, config = parse("--preset", "release", "--strength", "1", "--ref-noise", "0.2", "--lr", "0.1", "0.2")
+    assert config == MotionConfig(span=3, lambda_window=1 / 1560, lr=(0.1, 0.2), ref_noise=0.2) and args.strength == 1
+    _, config, _ = fastvmt.parse_arguments(["--model", "tiny", "--preset", "release"])
+    assert (config.block, config.window, config.span) == (3, 3, 3)  # the model's own where the preset has none
+    _, config, _ = fastvmt.parse_arguments(["--model", "tiny", "--preset", "ditflow"])
+    assert (config.block, config.window) == (3, None)
+    _, config, _ = fastvmt.parse_arguments(["--model", "tiny", "--window", "5", "--tile", "2", "2"])
+    assert (config.window, config.tile, config.block) == (5, (2, 2), 3)
+
+
+def test_notices(tmp_path, capsys):
+    shorter = "only 5 frames: the reference is shorter than --frames"
+    longer = "the model was trained on clips of up to 5 frames"
+    portrait = "--size is rows x columns: this is a portrait video"
+    ref = write_clip(tmp_path / "in.mp4", num_frames=7, fps=16)
+    for extra, limit, notices in (
+        (["--frames", "8"], 81, []), (["--frames", "9"], 81, [shorter]),
+        (["--ref", "demo", "--frames", "9"], 5, [longer]), (["--ref", "demo", "--frames", "5"], 5, []),
+        (["--frames", "5", "--size", "112x64"], 81, [portrait]), (["--frames", "5", "--size", "64x112"], 81, []),
+    ):  # fmt: skip
+        flags = ["--ref", str(ref), "--size", "32x48", *SMALL, *extra, "--out", str(tmp_path / "o.mp4")]
+        args, config, model = fastvmt.parse_arguments(flags)
+        model = model._replace(max_frames=limit, encode_prompts=failing(StopIteration))  # what follows is not needed
+        with pytest.raises(StopIteration):
+            fastvmt.run(args, config, model)
+        assert capsys.readouterr().out.splitlines() == [*notices, "encoding the prompts"], extra
+    (tmp_path / "tall").mkdir()
+    tall = write_clip(tmp_path / "tall" / "in.mp4", size=(80, 48), fps=16)
+    args, config, model = fastvmt.parse_arguments(["--ref", str(tall), *SMALL, "--out", str(tmp_path / "o.mp4")])
+    seen = []
+    codec = argparse.Namespace(encode=lambda video, **k: seen.append(video.shape) or failing(StopIteration)())
+    with pytest.raises(StopIteration):
+        fastvmt.run(args, config, model._replace(load_codec=lambda tiles: codec))
+    assert seen == [(1, 3, 13, 112, 64)] and "portrait" not in capsys.readouterr().out  # turned, as none was asked for
 
 
 def encode(path, raw, *options, fps=12):
@@ -1571,7 +1882,7 @@ def test_names_and_unreadable_references(tmp_path, monkeypatch):
         Path(name).write_bytes(clip)
         assert levels(name).shape[1] == 13
     for name, content in (("no.mp4", None), ("text.mp4", b"no video"), ("half.mp4", clip[: len(clip) // 2]),
-                          ("empty.mp4", b""), ("song.mp4", None), ("nul\0.mp4", None)):  # fmt: skip
+                          ("empty.mp4", b""), ("song.mp4", None)):  # fmt: skip
         if content is not None:
             Path(name).write_bytes(content)
         if name == "song.mp4":  # a picture of its cover is no video
@@ -1581,25 +1892,24 @@ def test_names_and_unreadable_references(tmp_path, monkeypatch):
         with pytest.raises(fastvmt.UserError) as raised:
             levels(name)
         assert ("matches no streams" in str(raised.value)) == (name == "song.mp4")
-        assert len(str(raised.value).splitlines()) == 1 and (name in str(raised.value) or "\0" in name)
+        assert len(str(raised.value).splitlines()) == 1 and name in str(raised.value)
     with pytest.raises(fastvmt.UserError, match="has 0 frames from 9.5 s"):
         levels("in.mp4", start=9.5)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
-    with pytest.raises(fastvmt.UserError, match="ffmpeg cannot be run"):
+    with pytest.raises(OSError, match="No such file.*/nowhere/ffmpeg"):
         levels("in.mp4")
 
 
 def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch):
-    video = fastvmt.demo_video(9, (64, 96))
-    assert video.shape == (1, 3, 9, 64, 96) and video.abs().max() <= 1
+    video = F.interpolate(randn(1, 3, 3, 4, 6), (9, 64, 96), mode="trilinear").clamp(-0.8, 0.8)  # smooth
     (tmp_path / "link.mp4").symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     (tmp_path / "folder").mkdir()
     assert fastvmt.partial_path(tmp_path / "link.mp4").parent == tmp_path / "folder"  # on one disk
-    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 20000, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
+    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 900, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
     fastvmt.write_video(tmp_path / "link.mp4", video, 24, comment)
     out = tmp_path / "folder" / "o.mp4"
     assert (tmp_path / "link.mp4").is_symlink() and [p.name for p in out.parent.iterdir()] == ["o.mp4"]
-    assert metadata_of(out) == json.loads(comment)  # longer than an argument of a command can be
+    assert metadata_of(out) == json.loads(comment)
     again = fastvmt.read_video(out, 9, (64, 96), fps=24)
     assert again.shape[2] == 9 and (again - video).abs().mean() < 0.02
     close(again.mean((0, 2, 3, 4)), video.mean((0, 2, 3, 4)), 0.003)  # colours are not a level off
@@ -1610,10 +1920,10 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
     for value in (math.nan, math.inf):
         broken = video.clone()
         broken[0, 1, 8, 3, 5] = value
-        with pytest.raises(FloatingPointError, match="finite"):
+        with pytest.raises(fastvmt.UserError, match="finite"):
             fastvmt.write_video(out, broken, 24)
     (tmp_path / "in_the_way.mp4").mkdir()
-    with pytest.raises(fastvmt.UserError, match="in_the_way.*directory"):
+    with pytest.raises(IsADirectoryError, match="in_the_way"):
         fastvmt.write_video(tmp_path / "in_the_way.mp4", video, 24)
     for body in ("exit 1", 'for last; do :; done; head -c 99 > "$last"; exit 1'):
         script = tmp_path / "ffmpeg"
@@ -1627,38 +1937,35 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
 
 def metadata_of(path):
     ffmpeg("-i", path, "-f", "ffmetadata", path.with_suffix(".txt"))
-    comment = re.search(r"^comment=(.*)$", path.with_suffix(".txt").read_text(), re.MULTILINE)[1]
+    text = path.with_suffix(".txt").read_text(errors="surrogateescape")
     path.with_suffix(".txt").unlink()
+    comment = re.search(r"^comment=(.*)$", text, re.MULTILINE)[1]
     return json.loads(re.sub(r"\\([=;#\\])", r"\1", comment))
 
 
 def test_provenance_comparison_and_summary(tmp_path, capsys):
     out, compare, prompt = tmp_path / "o.mp4", tmp_path / "c.mp4", 'a "red" fox; snow = white # 狐狸 \\ {}'
-    args = ["--ref", "demo", "--out", out, *SMALL, "--prompt", prompt, "--size", "32x48", "--frames", "9",
-            "--fps", "8", "--guided-fraction", "0.5", "--compare", compare]  # fmt: skip
-    args += ["--lambda-window", "0.25", "--seed", "5"]
+    ref = write_clip(tmp_path / "in.mp4")
+    args = [*DEMO, "--ref", ref, "--out", out, "--prompt", prompt, "--fps", "8", "--compare", compare,
+            "--lambda-window", "0.25", "--seed", "5"]  # fmt: skip
     code, text, err = run_main(capsys, *args)
-    assert code == 0 and not err and sorted(p.name for p in tmp_path.iterdir()) == ["c.mp4", "o.mp4"]
-    for pattern in (r"wrote \S+o.mp4 and \S+c.mp4", r"sampling \d", r"gradients: 1 for 2 inner steps; peak memory: \d",
-                    r"cosine -?\d\.\d+, error \d+\.\d+ tokens", r"step 1 of 2 loss \d", r"step 2 of 2 $"):  # fmt: skip
-        assert re.search(pattern, text, re.MULTILINE), (pattern, text)
+    assert code == 0 and not err and sorted(p.name for p in tmp_path.glob("*.mp4")) == ["c.mp4", "in.mp4", "o.mp4"]
+    assert f"wrote {out} and {compare}\n" in text
     for path in (out, compare):
         record = metadata_of(path)
-        assert record["ai_generated"] is True and record["versions"]["torch"] == torch.__version__
-        settings = {key: record["settings"][key] for key in ("prompt", "seed", "model", "steps", "fps")}
-        assert settings == {"prompt": prompt, "seed": 5, "model": "tiny", "steps": 2, "fps": 8.0}
-        assert record["method"]["lambda_window"] == 0.25 and set(record["method"]) == set(MotionConfig().__dict__)
-    video, fps = fastvmt.read_video(compare, 81, (64, 96))
-    assert fps == 8 and video.shape[2] == 9
-    assert (video[..., :32, :48] - fastvmt.demo_video(9, (32, 48))).abs().mean() < 0.05
+        assert record["ai_generated"] is True and record["torch"] == torch.__version__
+        known = dict(prompt=prompt, seed=5, model="tiny", steps=2, fps=8.0, ref="in.mp4", lambda_window=0.25, span=5,
+                     lr=[0.003, 0.002], block=3, window=3, ref_noise=0.0, shift=7.0)  # fmt: skip
+        assert {name: record[name] for name in known} == known
+        assert set(MotionConfig().__dict__) < set(record) and str(tmp_path) not in json.dumps(record)
+    video = fastvmt.read_video(compare, 81, (42 + 2 * 256, 2 * 384), fps=8)
+    assert video.shape == (1, 3, 5, 42 + 2 * 256, 2 * 384) and "8 fps" in ffmpeg("-i", compare)
+    for n, path in enumerate((ref, out)):  # in grey: H.264 halves the resolution of colours
+        shown = F.avg_pool2d(video[0, :, :, 42 : 42 + 256, n * 384 : (n + 1) * 384].mean(0), 8)
+        assert (shown - fastvmt.read_video(path, 5, (32, 48), fps=8)[0].mean(0)).abs().mean() < 0.1, path
 
 
-def test_flow_colours_and_agreement():
-    flow = torch.tensor([[0.0, 2.0], [0.0, -1.0], [1.0, 1.0], [-3.0, 0.0], [0.0, 0.0]])
-    color, strength = fastvmt.flow_color(flow, 2.0)
-    for got, true in zip(color, [(1, 0, 0), (0, 1, 1), (1, 0.75, 0), (0.5, 0, 1)]):
-        close(got, torch.tensor(true).float(), 1e-5)
-    assert strength.squeeze(1).tolist() == pytest.approx([1, 0.5, 2**-0.5, 1, 0])
+def test_flow_agreement():
     ref = torch.zeros(1, 2, 3, 2)
     ref[0, 0] = torch.tensor([0.0, 2.0])
     gen = torch.full((1, 2, 3, 2), 9.0)  # where the reference rests, it does not count
@@ -1669,148 +1976,209 @@ def test_flow_colours_and_agreement():
     assert math.isnan(fastvmt.flow_agreement(gen * 0, gen)[0])
 
 
-def test_comparison_shows_the_known_motion_of_the_demo():
-    """The demo's square slides right and down: orange; mirrored it slides left: between cyan and green."""
-    video = fastvmt.demo_video(17, (96, 144))
-    flows = []
-    for clip in (video, video.flip(-1)):
-        patches = F.pixel_unshuffle(clip[0, :, ::4].transpose(0, 1), 8).permute(0, 2, 3, 1)  # a token is 8×8 pixels
-        features = F.normalize(patches - patches.mean(), dim=-1) * 12
-        flows.append(fastvmt.attention_motion_flow(features, features, span=2, window=9, tau=3.0, center="argmax")[0])
-    for flow in flows:
-        flow[4:] = math.nan  # pairs of a larger offset are not for showing
-    picture = fastvmt.compare_video([video, video.flip(-1)], flows, 5)
-    assert picture.isfinite().all()
-    assert picture.shape == (1, 3, 17, 3 * 192, 3 * 288)  # under 240 rows: enlarged
-    picture = picture[..., 1::3, 1::3]
-    middle = picture[0, :, 0, 96 + 12, 288 - 12]  # of the wheel: white; its right end is red
-    assert (
-        middle.min() > 0.8 and (picture[0, :, 0, 96 + 12, 288 - 4] - torch.tensor([1.0, -0.6, -0.6])).abs().max() < 0.3
-    )
-    close(picture[..., :96, :144], video, 1e-6)
-    close(picture[..., :96, 144:], video.flip(-1), 1e-6)
-    top, left = (round((0.1 + 0.8 * 4 / 16) * (n - 32)) for n in (96, 144))  # of the square in frame 4
-    inside = (slice(96 + top + 8, 96 + top + 24), slice(left + 8, left + 24))
-    red, green, blue = picture[0, :, 4, inside[0], inside[1]].mean((1, 2))
-    assert red > green + 0.1 and green > blue + 0.1
-    red, green, blue = picture[0, :, 4, inside[0], 288 - inside[1].stop : 288 - inside[1].start].mean((1, 2))
-    assert green > red + 0.1 and blue > red + 0.1
+def test_comparison_shows_clips_captions_and_motion():
+    clips = {name: randn(1, 3, 5, 32, 48, seed=n).clamp(-1, 1) for n, name in enumerate(("reference", "result"))}
+    flows = torch.zeros(2, 1, 4, 6, 2)  # of one pair of latent frames, over all five frames
+    flows[0, 0, :, :4] = torch.tensor([[[0.0, 2.0]], [[2.0, 0.0]], [[0.0, -2.0]], [[-1.0, 0.0]]])
+    flows[1] = flows[0] / 2
+    picture = fastvmt.compare_video(clips, flows)
+    assert picture.shape == (1, 3, 5, 42 + 2 * 256, 2 * 384)  # under 240 rows: enlarged eight times
+    captions, pictures, motions = picture[0].split([42, 256, 256], dim=2)
+    for n, clip in enumerate(clips.values()):
+        assert torch.equal(pictures[:, :, 3::8, n * 384 + 5 : (n + 1) * 384 : 8], clip[0])
+        shown = motions[:, :, 32::64, n * 384 + 32 : (n + 1) * 384 : 64]  # the middle of each token
+        scale = 1 if n == 0 else 0.5  # one for all clips
+        for row, (red, green, blue) in enumerate(((1, -0.5, -0.5), (0, 0.866, -0.866), (-1, 0.5, 0.5),
+                                                  (0, -0.433, 0.433))):  # fmt: skip
+            true = scale * torch.tensor([red, green, blue])
+            close(shown[:, :, row, :4], true[:, None, None].expand(3, 5, 4), 1e-2)
+        assert not shown[..., 4:].any()  # grey where it rests
+    left, right = captions.split(384, dim=3)
+    assert torch.equal(left[:, 0], left[:, 4]) and not torch.equal(left, right)  # "reference", "result"
+    for caption in (left, right):
+        lines = (caption[:, 0] > 0.5).any(0)  # white on black
+        assert lines[3:20].any() and lines[20:40].sum() > 200 and lines.float().mean() < 0.3
+    same = fastvmt.compare_video({"result": clips["reference"]}, flows[:1])
+    assert torch.equal(same[0, :, :, :42], right)
+    rest = fastvmt.compare_video({"reference": clips["reference"]}, 0.1 * flows[:1])  # hardly any motion, no colours
+    assert 0.1 < rest[0, :, :, -256:].abs().max() < 0.5
+
+
+def test_the_demo_slides_right_and_down():
+    video = fastvmt.read_video("demo", 9, (240, 416))
+    assert video.shape == (1, 3, 9, 240, 416)
+    gray = video[0].mean(0)
+    spectrum = torch.fft.fft2(gray)
+    for n in range(1, 9):
+        shift = torch.fft.ifft2(spectrum[n] * spectrum[0].conj()).real.flatten().argmax()
+        rows, cols = int(shift) // 416, int(shift) % 416
+        assert 2 * n <= rows <= 5 * n and 3 * n <= cols <= 7 * n, (n, rows, cols)
 
 
 def test_nothing_is_lost_when_decoding_fails(tmp_path, capsys, monkeypatch):
-    args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5"]
-    assert run_main(capsys, *args, "--out", tmp_path / "whole.mp4")[0] == 0
+    assert run_main(capsys, *DEMO, "--out", tmp_path / "whole.mp4")[0] == 0
+    whole = fastvmt.read_video(tmp_path / "whole.mp4", 5, (32, 48))
     for error, code in ((KeyboardInterrupt(), 130), (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1),
                         (fastvmt.UserError("ffmpeg could not"), 2)):  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(fastvmt, "write_video", lambda *a, error=error: (_ for _ in ()).throw(error))
-            done, _, err = run_main(capsys, *args, "--out", tmp_path / "o.mp4")
-        assert done == code and len(err.splitlines()) == 2
+            patch.setattr(fastvmt, "write_video", failing(error))
+            done, text, err = run_main(capsys, *DEMO, "--out", tmp_path / "o.mp4")
+        assert done == code and len(err.splitlines()) == 1
         assert {p.name for p in tmp_path.iterdir()} == {"whole.mp4", "o.latents.safetensors"}
-        command = shlex.split(re.search("python fastvmt.py (--decode .*)", err)[1])
-        assert run_main(capsys, *command)[0] == 0
+        flags = shlex.split(re.search(r"the same flags and (--decode \S+) finish it", text)[1])
+        monkeypatch.setattr(fastvmt, "sample", failing(AssertionError("sampled again")))
+        assert run_main(capsys, *DEMO, "--out", tmp_path / "o.mp4", *flags)[::2] == (0, "")
+        monkeypatch.undo()
         assert {p.name for p in tmp_path.iterdir()} == {"whole.mp4", "o.mp4"}
-        videos = [fastvmt.read_video(tmp_path / name, 81, (32, 48))[0] for name in ("whole.mp4", "o.mp4")]
-        assert torch.equal(*videos) and metadata_of(tmp_path / "o.mp4")["settings"]["prompt"] == "a red fox"
-        for path in tmp_path.glob("o.*"):
-            path.unlink()
+        assert torch.equal(fastvmt.read_video(tmp_path / "o.mp4", 5, (32, 48)), whole)
+        assert metadata_of(tmp_path / "o.mp4")["prompt"] == "a red fox"
+        (tmp_path / "o.mp4").unlink()
+
+
+def test_names_and_prompts_of_all_kinds(tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9 \xe7\x8b\x90 %d.mp4")  # not UTF-8
+    ref = write_clip(tmp_path / "in.mp4").rename(tmp_path / name)
+    (tmp_path / "out").mkdir()
+    out, prompt = tmp_path / "out" / name, "狐 \" ' \\ = ; # fox " * 500  # 9,500 characters
+    command = [sys.executable, HERE / "fastvmt.py", *DEMO, "--ref", ref, "--out", out, "--prompt", prompt]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in out.parent.iterdir()] == [name]
+    out.rename(tmp_path / "o.mp4")
+    assert metadata_of(tmp_path / "o.mp4")["prompt"] == prompt and metadata_of(tmp_path / "o.mp4")["ref"] == name
+    code, _, err = run_main(capsys, *DEMO, "--out", out, "--prompt", "a fox " * 10_000)
+    assert code == 2 and "characters" in err and len(err) < 500 and not out.exists()
+
+
+def test_a_killed_run_leaves_whole_files_or_none(tmp_path):
+    """Killed while it samples, or when the video is written, but not yet under its name."""
+    kill = """
+import os, signal, sys
+from pathlib import Path
+import fastvmt
+
+def killed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv.pop(1) == "sampling":
+    fastvmt.guide = killed
+else:
+    Path.replace = killed
+fastvmt.main(sys.argv[1:])
+"""
+    for moment, names in (("sampling", []), ("video", ["o.latents.safetensors"])):
+        folder = tmp_path / moment
+        folder.mkdir()
+        command = [sys.executable, "-c", kill, moment, *DEMO, "--out", str(folder / "o.mp4")]
+        done = subprocess.run(command, capture_output=True, cwd=HERE)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert [p.name for p in folder.iterdir() if not p.name.startswith(".")] == names, moment
+    from safetensors.torch import load_file
+
+    assert load_file(folder / "o.latents.safetensors")["result"].shape == (1, 16, 2, 4, 6)
 
 
 def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
-    args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5", "--out", tmp_path / "o.mp4"]
-    for error, code, text in ((torch.OutOfMemoryError("CUDA out of memory."), 1, "--checkpoint on, --offload"),
-                              (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "a smaller --size"),
-                              (FloatingPointError("not finite after step 3 of 5"), 1, "step 3 of 5")):  # fmt: skip
+    args = [*DEMO, "--out", tmp_path / "o.mp4"]
+    for error in OUT_OF_MEMORY:
         with monkeypatch.context() as patch:
-            patch.setattr(fastvmt, "sample", lambda *a, error=error, **k: (_ for _ in ()).throw(error))
+            patch.setattr(fastvmt, "sample", failing(error))
             done, _, err = run_main(capsys, *args)
-        assert done == code and text in err and len(err.splitlines()) == 1
+        assert done == 1 and "--checkpoint on, --offload" in err and len(err.splitlines()) == 1, error
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(fastvmt, "sample", failing(OTHERS[0]))
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # a bug, which the user cannot mend
+        run_main(capsys, *args)
+    monkeypatch.undo()
+    forward, times = wan_min.DiT.forward, iter(range(100))
+
+    def broken(self, x, *args):
+        return forward(self, x, *args) * (math.nan if next(times) >= 4 else 1)
+
+    monkeypatch.setattr(wan_min.DiT, "forward", broken)
+    code, _, err = run_main(capsys, *args, "--steps", "5")
+    assert code == 2 and "not finite after step 3 of 5" in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
     command = [sys.executable, "-u", HERE / "fastvmt.py", *map(str, args), "--steps", "2000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
         for line in process.stdout:
-            if line.startswith("sampling"):
+            if line.startswith("guiding"):
                 process.send_signal(signal.SIGINT)
                 break
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "fastvmt: interrupted\n" and not list(tmp_path.iterdir())
+    assert process.returncode == 130 and err.endswith("fastvmt: interrupted\n") and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
 
 
-def test_ablation_counts(capsys):
-    args = ["--ref", "demo", *SMALL, *"--inner-steps 7 --steps 3 --size 48x64 --frames 9 --ablate".split()]
-    code, text, err = run_main(capsys, *args)
-    assert code == 0 and not err, err
-    rows = {cells[1]: cells[2:-1] for line in text.splitlines() if line.startswith("|")
-            for cells in [[cell.strip() for cell in line.split("|")]]}  # fmt: skip
-    gradients = {"full method": 3, "w/o sliding window": 3, "w/o window loss": 3, "w/o step-skip": 7,
-                 "w/o window and step-skip": 7, "argmax centre": 3, "clean reference": 3, "no transfer": 0}  # fmt: skip
-    for name, count in gradients.items():  # 3 steps of 2 velocities through 4 blocks; block 3 is read
-        row = rows[name]
-        assert row[4:7] == [str(count), str(24 + 2 * (count + (count > 0))), str(2 * count)], (name, row)
-        assert all(float(cell) >= -1 for cell in row)
-    assert rows["full method"][3] == "1.00" and float(rows["no transfer"][3]) < 0.5
-    assert "AMF, losses and optimizer" in text and "Reference pass" in text
-
-
-def test_memory_flags(tmp_path, capsys, monkeypatch):
-    args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5", "--out", tmp_path / "o.mp4"]
+def test_memory_is_found_by_recomputation(tmp_path, capsys, monkeypatch):
     true, seen, videos = fastvmt.sample, [], []
 
-    def spy(*a, checkpoint, **kwargs):
+    def sample(*args, checkpoint, **kwargs):
         seen.append(checkpoint)
-        return true(*a, checkpoint=checkpoint, **kwargs)
+        if full and not checkpoint:
+            activation = torch.ones(2)
+            held.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        assert all(ref() is None for ref in held)  # the failed try's tensors are gone
+        return true(*args, checkpoint=checkpoint, **kwargs)
 
-    monkeypatch.setattr(fastvmt, "sample", spy)
-    for flags, free in (([], 2**40), ([], 1000), (["--checkpoint", "off"], 0), (["--checkpoint", "on"], 2**40),
-                        (["--offload"], 2**40)):  # fmt: skip
-        monkeypatch.setattr(fastvmt, "free_memory", lambda device, free=free: free)
-        assert run_main(capsys, *args, *flags)[0] == 0
-        videos.append(fastvmt.read_video(tmp_path / "o.mp4", 81, (32, 48))[0])
-    assert seen == [False, True, False, True, True]
+    monkeypatch.setattr(fastvmt, "sample", sample)
+    cases = ([], False, [False]), ([], True, [False, True]), (["--checkpoint", "on"], True, [True]), (
+        ["--offload"], True, [True])  # fmt: skip
+    for flags, memory_is_full, expected in cases:
+        seen.clear()
+        full, held = memory_is_full, []
+        code, text, err = run_main(capsys, *DEMO, "--out", tmp_path / "o.mp4", *flags)
+        assert code == 0 and seen == expected and not err
+        assert ("out of memory: again with --checkpoint on" in text) is (len(seen) == 2)
+        videos.append(fastvmt.read_video(tmp_path / "o.mp4", 5, (32, 48)))
     assert all(torch.equal(video, videos[0]) for video in videos)
+    full = True
+    seen.clear()
+    assert run_main(capsys, *DEMO, "--out", tmp_path / "o.mp4", "--checkpoint", "off")[0] == 1 and seen == [False]
 
 
 def test_what_the_command_line_hands_to_the_model(tmp_path, capsys, monkeypatch):
-    seen = {}
+    seen, prompts, compiled = {}, [], []
 
-    def encode(prompts, text_dim, device):
-        seen["prompts"] = prompts
-        return torch.zeros(3, 1, 64)
+    def encode(texts, text_dim, device):
+        prompts.append(texts)
+        return torch.arange(3.0)[:, None, None].expand(3, 1, 64)
 
     def sample(dit, noise, sigmas, context, negative, **kwargs):
         seen.update(kwargs, dtype=dit.blocks[0].self_attn.q.weight.dtype)
+        seen["contexts"] = [x.mean().item() for x in (context, negative, kwargs["null"])]
         return torch.zeros_like(noise)
 
     monkeypatch.setattr(wan_min, "random_contexts", encode)
     monkeypatch.setattr(fastvmt, "sample", sample)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: seen["compiled"].append(type(self)))
-    monkeypatch.setattr(fastvmt, "free_memory", lambda device: seen["free"])
-    monkeypatch.setattr(wan_min, "activation_bytes", lambda *args: 80.0)
-    args = ["--ref", "demo", *SMALL, "--size", "32x48", "--frames", "5", "--out", tmp_path / "o.mp4"]
-    for flags, negative, guided, free, checkpoint in (
-        ([], fastvmt.NEGATIVE_PROMPT, 0.2, 101, False),
-        (["--negative-prompt", "", "--dtype", "bf16"], "", 0.2, 99, True),
-        (["--negative-prompt", "blur", "--no-transfer", "--compile"], "blur", 0.0, 101, False),
-    ):
-        seen.update(free=free, compiled=[])
-        assert run_main(capsys, *args, *flags)[0] == 0
-        assert seen["prompts"] == ["a red fox", negative, ""]
-        assert seen["config"].guided_fraction == guided and seen["checkpoint"] is checkpoint
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    for flags, negative in (([], wan_min.NEGATIVE_PROMPT), (["--negative-prompt", "", "--dtype", "bf16"], ""),
+                            (["--negative-prompt", "blur", "--no-transfer", "--compile"], "blur")):  # fmt: skip
+        compiled.clear()
+        assert run_main(capsys, *DEMO, "--out", tmp_path / "o.mp4", *flags)[0] == 0
+        assert prompts.pop() == ["a red fox", negative, ""] and seen["contexts"] == [0, 1, 2]
+        assert (seen["reference"] is None) is ("--no-transfer" in flags)
         assert seen["dtype"] == (torch.bfloat16 if "bf16" in flags else torch.float32)
-        assert seen["compiled"] == [wan_min.Block] * 4 * ("--compile" in flags)
+        assert compiled == [wan_min.Block] * 4 * ("--compile" in flags)
 
 
-def test_size_and_rate_of_the_reference(tmp_path, capsys):
-    portrait = write_clip(tmp_path / "in.mp4", size=(80, 48))
-    arguments = argparse.Namespace(ref=str(portrait), model="tiny", size=(42, 75), frames=12)
-    video, fps = fastvmt.read_reference(arguments)
-    assert video.shape == (1, 3, 9, 48, 80) and fps == 12 and "48x80 and 9 frames" in capsys.readouterr().out
-    arguments.size = None  # now turned like the reference, and no notice but for the frames
-    assert fastvmt.read_reference(arguments)[0].shape == (1, 3, 9, 112, 64)
-    arguments.model, arguments.ref = "1.3B", "demo"
-    video, fps = fastvmt.read_reference(arguments)
-    assert video.shape == (1, 3, 9, 480, 832) and fps == 16
+def test_any_shell(tmp_path):
+    """A console in cp1252, a system without os.sysconf, a reader that goes away."""
+    start = f"import os, sys; del os.sysconf; sys.argv[0] = {str(HERE / 'fastvmt.py')!r}; import runpy; "
+    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(HERE)}
+    for args, text in ((["--help"], "--ref-noise"), ([*DEMO, "--out", tmp_path / "狐.mp4"], "steps 1 to 1 of 2, ? 1.")):
+        command = [sys.executable, "-c", start, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+        assert text in done.stdout.decode("cp1252")
+    assert [p.name for p in tmp_path.iterdir()] == ["狐.mp4"]
+    command = shlex.join([sys.executable, "-u", str(HERE / "fastvmt.py"), *DEMO, "--out", str(tmp_path / "p.mp4")])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True)
+    assert done.stdout == "encoding the prompts\n" and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert done.returncode == 1 and "p.mp4" not in os.listdir(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1942,41 +2310,45 @@ def test_toy_matching_loss():
 
 def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--steps", "3"]
+    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--steps", "2"]
     code, text, err = run_main(capsys, *args, "--prompt", "fine black and white checks under a purple sky")
     assert code == 0 and not err, err
     assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
-    asked, plain, arrived = re.search("asked for: (.*); of plain generation: (.*); that arrived: (.*)", text).groups()
-    assert asked == toy.describe_motion(toy.demo_video()[0]) and len({asked, plain, arrived}) == 3
-    videos = [fastvmt.read_video(*x)[0] for x in (("out.mp4", 9, (48, 66)), ("compare.mp4", 9, (480, 990)))]
-    shown = videos[1][..., 2:240:5, 2::5]  # reference, plain and result, each pixel 5×5 large, over the flows
-    assert shown.shape[3:] == (48, 198)
-    assert (shown[..., :66] - toy.demo_video()).abs().mean() < 0.1
-    plain, guided = ((x - videos[0]).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
+    motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
+    demo = toy.held_out(0)[0]
+    assert motions[0] == toy.describe_motion(demo) and len(set(motions)) == 3
+    result = fastvmt.read_video("out.mp4", 9, (48, 66), fps=8)
+    picture = fastvmt.read_video("compare.mp4", 9, (522, 990), fps=8)
+    shown = picture[..., 42 + 2 : 282 : 5, 2::5]  # reference, plain and result, each pixel 5×5 large
+    assert (shown[..., :66] - demo).abs().mean() < 0.1
+    plain, guided = ((x - result).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
     assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
-    settings = metadata_of(tmp_path / "out.mp4")
-    assert settings["method"]["ref_noise"] == "clean" and settings["settings"]["cfg_scale"] == 5
-    ref = write_clip(tmp_path / "in.mp4", num_frames=14)
+    record = metadata_of(tmp_path / "out.mp4")
+    assert {name: record[name] for name in toy.DEFAULTS if name not in ("compare", "tile", "lr")}.items() <= (
+        toy.DEFAULTS | {"steps": 2}).items()  # fmt: skip
+    ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
-    assert code == 0 and "5 frames of 48x66" in text and "does not know" not in text
-    for extra, message in ((["--prompt", "a fox"], "does not know fox; it knows coarse"),
-                           (["--size", "48x66", "--prompt", "red"], "leave out --size"),
-                           (["--frames", "13", "--prompt", "red"], "at most 9 frames"),
-                           (["--block", "7", "--prompt", "red"], "1 to 6"),
-                           (["--random-weights", "--prompt", "red"], "--random-weights needs")):  # fmt: skip
+    assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
+    for extra, message in (
+        (["--prompt", "a fox"], "does not know fox; it knows coarse"),
+        (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
+        (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
+        (["--block", "7", "--prompt", "red"], "1 to 6"),
+        (["--random-weights", "--prompt", "red"], "neither --offload nor --random-weights"),
+    ):
         code, _, err = run_main(capsys, *args, *extra)
-        assert code == 2 and message in err and len(err.splitlines()) == 1
+        assert code == 2 and message in err and len(err.splitlines()) == 1, (extra, err)
 
 
 def test_the_toys_flow_points_along_the_motion():
     # Not the toy's own τ, at which the flow tends to whole tokens.
-    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
+    dit, (_, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
     for seed, pan in enumerate([(3.0, 0.5), (-0.5, -4.0), (-3.0, 3.0)]):
         scene = corner_scene(camera=(*pan, 0.0, 0.0))
         latents = toy.encode(toy.render(scene, torch.Generator().manual_seed(seed))[None])
-        null = toy.encode_prompts([""])
-        flow = fastvmt.noised_flow(dit, latents, randn(*latents.shape), null, fastvmt.motion_config(args))
-        i, j = fastvmt.frame_pairs(9, args.span)
+        x = fastvmt.match_noise(latents, randn(*latents.shape), 0.1)
+        flow, _ = fastvmt.motion_features(dit, x, 0.1, toy.encode_prompts([""]), config)
+        i, j = fastvmt.frame_pairs(9, config.span)
         for offset in (1, 2):
             found = 6 * flow[j - i == offset].mean((0, 1, 2))  # in pixels
             true = offset * torch.tensor(pan)
@@ -1986,48 +2358,41 @@ def test_the_toys_flow_points_along_the_motion():
 
 def test_the_method_moves_the_toy():
     """The one test of what all this is for. What is wrong alike in both videos' flow, only the test above can tell."""
-    dit, args = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "12"])
+    dit, (args, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "10"])
     errors = []
-    for seed, camera in zip(range(30001, 30005), ("pan", "pan", "zoom", "still")):
-        _, scene, _, results = effect.generate(dit, seed, camera, args)
+    for seed, camera in zip((30001, 30003, 30004), ("pan", "zoom", "still")):
+        _, scene, _, results = effect.generate(dit, seed, camera, args, config)
         errors.append([toy.motion_error(result, scene) for result in results])
-    plain, start, guided = torch.tensor(errors).mean(0)
-    assert guided < 0.6 * min(plain, start), errors
+    plain, guided = torch.tensor(errors).mean(0)
+    assert guided < 0.5 * plain, errors
 
 
-def test_ablation_tells_the_true_error(clip, capsys, monkeypatch):
-    noise, reference, *contexts = clip
-    samples, true = [], fastvmt.sample
-    monkeypatch.setattr(fastvmt, "sample", lambda *a, **k: samples.append((true(*a, **k), k)) or samples[-1][0])
-    cases = [(randn(*noise.shape, seed=n), contexts, reference + n, lambda x, n=n: x.mean().item() + n)
-             for n in range(3)]  # fmt: skip
-    lines = list(fastvmt.ablate(wan_min.random_model(wan_min.DiT, TINY), noise, wan_min.flow_sigmas(1), contexts,
-                                reference, CONFIG, rounds=1, cases=cases))  # fmt: skip
-    rows = [[cell.strip() for cell in line.split("|")][1:-1] for line in lines if line.startswith("|")]
-    changes = fastvmt.ABLATIONS | {f"block {n}": {"block": n} for n in (1, 2, 4)}
-    del changes["matched reference"]  # as the full method has it
-    assert [row[0] for row in rows[2:]] == list(changes) and {len(row) for row in rows} == {12}
-    samples = samples[1 + len(changes) :]  # after the warm-up and the timed ones
-    assert len(samples) == 3 * len(changes)
-    for n, (row, change) in enumerate(zip(rows[2:], changes.values())):
-        latents, options = zip(*samples[3 * n : 3 * n + 3])
-        assert all(option["config"] == dataclasses.replace(CONFIG, **change) for option in options)
-        assert [option["reference"] is case[2] for option, case in zip(options, cases)] == [True] * 3
-        errors = torch.tensor([x.mean() + m for m, x in enumerate(latents)])
-        assert row[-1] == f"{errors.mean():.2f} ± {errors.std():.2f}"
-    seen = {}
-    monkeypatch.setattr(fastvmt, "ablate", lambda *a, cases, **k: seen.update(cases=cases) or ["a line"])
-    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--prompt", "red", "--ablate"]
-    assert run_main(capsys, *args)[:2][0] == 0 and len(seen["cases"]) == 8
-    for _, texts, latents, error in seen["cases"]:
-        assert error(latents) < 0.5 and len(texts) == 3 and texts[0].any() and not texts[2].any()
+def test_readme_code_runs(dit, clip, monkeypatch):
+    """Each change that it tells of makes another video of the tiny model."""
+    scope, (block,) = {}, re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    exec(block, scope)
 
+    def run():
+        torch.manual_seed(0)
+        losses = []
+        x = fastvmt.sample(dit, clip[0], wan_min.flow_sigmas(2), *clip[2:4], reference=clip[1], null=clip[4],
+                           config=CONFIG, callback=lambda step, x, found: losses.append(found))  # fmt: skip
+        assert x.isfinite().all() and losses[0].isfinite().all()
+        return x
 
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, {})
+    results = [run()]
+    places = {"motion_features": ("several_blocks", "per_head"), "amf_loss": ("masked",), "sample": ("ancestral",),
+              "motion_losses": ("directions",), "window_centers": ("three_best",)}  # fmt: skip
+    for name, changes in places.items():
+        for change in map(scope.get, changes):
+            with monkeypatch.context() as patch:
+                patch.setattr(fastvmt, name, getattr(fastvmt, name))
+                if isinstance(change, str):
+                    exec(change, vars(fastvmt))
+                else:
+                    patch.setattr(fastvmt, name, change)
+                results.append(run())
+    assert len(results) == 7 and all(not torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
 # ---- The lab ---------------------------------------------------------------------------------------------------------

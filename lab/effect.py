@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well the method moves the toy, on clips that it was not trained on: the README's table and its figure.
 
-python -m lab.effect
+python -m lab.effect             # errors of plain and guided results
+python -m lab.effect --readings  # errors of the references' flow, read in several ways, without any sampling
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 
 import fastvmt
 import wan_min
-from lab import toy
+from lab import toy, train
 
 # ---- What a clip shows -----------------------------------------------------------------------------------------------
 
@@ -123,6 +125,55 @@ def table(dit, args, config, clips, first):
     yield f"\nPrompt right: plain {plain.sum()} of {len(right)}, and of these {kept} guided; guided {guided.sum()}."
 
 
+READINGS = {  # name -> changes to the toy's settings, noise level at which the reference is read
+    "the toy's settings": ({}, 0.0), "τ 1": ({"tau": 1.0}, 0.0), "τ 1, no window": ({"tau": 1.0, "window": None}, 0.0),
+    "τ 1, arg max": ({"tau": 1.0, "center": "argmax"}, 0.0), "no window": ({"window": None}, 0.0),
+    "τ 5": ({"tau": 5.0}, 0.0), **{f"read at σ {sigma}": ({}, sigma) for sigma in (0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 1.0)},
+}  # fmt: skip
+
+
+def true_flow(scene, i, j):
+    """Flow in tokens (P, H, W, 2) of frame pairs i, j of a scene, and where (P, H, W) the match is wholly in view."""
+    matches = train.token_matches(scene, [slice(None)] * 3)[i, :, j]  # (P, S, S)
+    share, (H, W) = matches.sum(-1), (side // 6 for side in toy.SIZE)
+    position = fastvmt.row_column(torch.arange(H * W), W).float()
+    flow = (matches @ position) / share.clamp(min=1e-6)[..., None] - position
+    return flow.view(-1, H, W, 2), (share > 0.999).view(-1, H, W)
+
+
+def readings(dit, config, clips, first):
+    """Markdown lines: end-point error in tokens of references' AMF, without any sampling, by how it is read.
+
+    Mean ± standard error over clips; in brackets the paired difference to the toy's settings.
+    """
+    kinds = {"pan": "pan", "look-alikes": None, "rotation": "rotation", "sprite": "still"}
+    yield f"| | {' | '.join(kinds)} |\n|---" + "|--:" * len(kinds) + "|"
+    errors = {name: {kind: [] for kind in kinds} for name in [*READINGS, "no flow at all"]}
+    i, j = fastvmt.frame_pairs(toy.FRAMES, config.span)
+    for kind, camera in kinds.items():
+        for seed in range(first, first + clips):
+            video, scene, prompt = (toy.held_out(seed, camera, camera == "still") if camera
+                                    else toy.held_out_lookalike(seed))  # fmt: skip
+            noise, (_, _, null), reference = toy.prepare(video, prompt, seed)
+            flow, seen = true_flow(scene, i, j)
+            errors["no flow at all"][kind].append(flow[seen].norm(dim=-1).mean())
+            for name, (change, sigma) in READINGS.items():
+                x = fastvmt.match_noise(reference, noise, sigma)
+                with torch.no_grad():
+                    found, _ = fastvmt.motion_features(dit, x, sigma, null, replace(config, **change))
+                errors[name][kind].append((found - flow)[seen].norm(dim=-1).mean())
+    for name, row in errors.items():
+        cells = []
+        for kind, values in row.items():
+            x, base = torch.stack(values), torch.stack(errors["the toy's settings"][kind])
+            mean, (change, error) = (
+                f"{x.mean():.3f} ± {x.std() / clips**0.5:.3f}",
+                ((x - base).mean(), (x - base).std()),
+            )
+            cells.append(mean if x is base or change == 0 else f"{mean} ({change:+.3f} ± {error / clips**0.5:.3f})")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def figure(dit, args, config, path, seeds):
     """Animated picture: a row of reference, plain and guided for each (camera, seed)."""
     rows = []
@@ -139,6 +190,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=16, help="of each kind of motion")
     parser.add_argument("--first", type=int, default=90000, help="seed of the first clip")
+    parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
     args, config, _ = fastvmt.parse_arguments(["--model", "toy", *rest])
@@ -146,5 +198,7 @@ if __name__ == "__main__":
     if options.figure:
         figure(dit, args, config, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
     else:
-        for line in table(dit, args, config, options.clips, options.first):
+        lines = (readings(dit, config, options.clips, options.first) if options.readings
+                 else table(dit, args, config, options.clips, options.first))  # fmt: skip
+        for line in lines:
             print(line, flush=True)
