@@ -1067,10 +1067,10 @@ def test_without_config_the_official_layout_of_that_width_is_expected(tmp_path, 
     with torch.device("meta"):
         weights, others = (wan_min.DiT(**wan_min.ARCHITECTURES[name][0]).state_dict() for name in (model, other))
     others["patch_embedding.bias"] = weights["patch_embedding.bias"]
-    monkeypatch.setattr(wan_min, "read_tensors", lambda path: weights)
+    monkeypatch.setattr(wan_min, "load_file", lambda path: weights)
     shapes = {name: p.shape for name, p in wan_min.load(wan_min.DiT, tmp_path, "meta").state_dict().items()}
     assert shapes == {name: p.shape for name, p in weights.items()}
-    monkeypatch.setattr(wan_min, "read_tensors", lambda path: others)
+    monkeypatch.setattr(wan_min, "load_file", lambda path: others)
     with pytest.raises(wan_min.ModelError, match="(Missing|Unexpected) key.*blocks"):
         wan_min.load(wan_min.DiT, tmp_path, "meta")
 
@@ -1169,7 +1169,7 @@ def test_unusable_checkpoints_are_refused(tmp_path, capsys):
         "is a Diffusers": other_name(wan_min.VAE_FILE, "transformer"),
         "is a Wan 2.2 checkpoint": other_name(wan_min.VAE_FILE, "high_noise_model"),
         "with an fp8 text encoder": other_name(wan_min.TEXT_FILE, "models_t5_umt5-xxl-enc-fp8.pth"),
-        "norm.weight is in fp8": fp8,
+        "is in fp8": fp8,
         "config.json is damaged": cut("config.json"),
         "diffusion_pytorch_model.safetensors is damaged": cut(DIT_FILE),
         "Wan2.1_VAE.pth is damaged": cut(wan_min.VAE_FILE),
@@ -1216,19 +1216,14 @@ class Hub:
 
     def __init__(self, monkeypatch, folder, files=("config.json",), fail=None):
         self.folder, self.files, self.fail, self.calls = folder, files, fail, []
-        for name in ("hf_hub_download", "model_info", "snapshot_download"):
+        for name in ("list_repo_files", "snapshot_download"):
             monkeypatch.setattr(f"huggingface_hub.{name}", partial(self.call, name))
 
-    def call(self, name, repo, filename=None, local_files_only=False, **options):
-        from huggingface_hub.utils import LocalEntryNotFoundError
-
-        if local_files_only:
-            raise LocalEntryNotFoundError("not cached")
+    def call(self, name, repo, **options):
         self.calls.append((name, repo, options))
         if self.fail:
             raise self.fail
-        siblings = [argparse.Namespace(rfilename=name) for name in self.files]
-        return argparse.Namespace(siblings=siblings) if name == "model_info" else str(self.folder / (filename or ""))
+        return self.files if name == "list_repo_files" else str(self.folder)
 
 
 def test_weights_from_the_hub(tmp_path, monkeypatch):
@@ -1239,10 +1234,9 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
     for name, repo in (("14B", "Wan-AI/Wan2.1-T2V-14B"), ("some/repo", "some/repo")):
         hub.calls.clear()
         model = wan_min.open_model(name)
-        assert model.blocks == 4 and [call[:2] for call in hub.calls] == [
-            ("model_info", repo), ("hf_hub_download", repo)]  # fmt: skip
+        assert model.blocks == 4 and hub.calls == [("snapshot_download", repo, {"allow_patterns": "config.json"})]
         model.load_codec(), model.load_dit(), model.encode_prompts(["a"])
-        assert [call[:2] for call in hub.calls[2:]] == [("snapshot_download", repo)]  # once, when needed
+        assert [call[:2] for call in hub.calls[1:]] == [("snapshot_download", repo)]  # once, when needed
     official = ["config.json", "diffusion_pytorch_model-00001-of-00006.safetensors", "Wan2.1_VAE.pth",
                 "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", "README.md",
                 "diffusion_pytorch_model.safetensors.index.json"]  # fmt: skip
@@ -1274,7 +1268,7 @@ def test_failures_of_the_hub_are_one_line_with_the_way_out(tmp_path, monkeypatch
         hub = Hub(monkeypatch, tmp_path, files=["README.md", file])
         with pytest.raises(wan_min.ModelError, match=f"owner/name is .*{kind}.*Wan-AI/Wan2.1-T2V-1.3B"):
             wan_min.open_model("owner/name")
-        assert [call[0] for call in hub.calls] == ["model_info"]
+        assert [call[0] for call in hub.calls] == ["snapshot_download", "list_repo_files"]
 
 
 def test_hub_cache_is_used_offline_and_its_absence_is_one_line(tmp_path):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
 
-Modules carry the parameter names of the official checkpoints. Nothing here knows of motion transfer; `DiT.qk` only runs
-the DiT as far as one block's self-attention and hands out its Q and K.
+Modules carry the parameter names of the official checkpoints. Nothing here knows of motion transfer.
 
 Source: Wan 2.1 (arXiv 2503.20314; github.com/Wan-Video/Wan2.1). Shapes in comments: B batch, F latent frames, h, w
 latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimension.
@@ -32,8 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils import checkpoint as recomputation
 
 
 def out_of_memory(error):
@@ -56,21 +54,10 @@ def flow_sigmas(steps, shift=7.0, strength=1.0):
 # ---- DiT -------------------------------------------------------------------------------------------------------------
 
 
-def timestep_embedding(t, dim):
-    """Sinusoidal embedding of t (B,) in [0, 1000]: (B, dim) fp32, cosines first, then sines."""
-    half = dim // 2
-    freqs = 10000 ** (-torch.arange(half, device=t.device, dtype=torch.float32) / half)
-    angles = t.float()[:, None] * freqs
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 def rope_table(grid, head_dim, device):
-    """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64.
-
-    The head dimension is split (D−4⌊D/6⌋, 2⌊D/6⌋, 2⌊D/6⌋) over frame, row and column, each with base 10000.
-    """
+    """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    side = 2 * (head_dim // 6)
+    side = 2 * (head_dim // 6)  # channels for row and for column; the frame has the others
     positions = torch.cartesian_prod(*(torch.arange(length, dtype=dtype, device=device) for length in grid))  # (S, 3)
     freqs = [10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
              for dim in (head_dim - 2 * side, side, side)]  # fmt: skip
@@ -84,15 +71,11 @@ def apply_rope(x, table):
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x/rms(x)·weight over the last dimension, computed in fp32, returned in x's dtype."""
 
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -160,7 +143,7 @@ class Head(nn.Module):
 def keep_self_attention(_, op, *args, **kwargs):
     """Policy of recomputation: only the output of self-attention, most of a block's arithmetic, is stored."""
     attention = "scaled_dot_product" in op.name() and args[0].shape == args[1].shape  # q and k, alike in length
-    return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+    return recomputation.CheckpointPolicy.MUST_SAVE if attention else recomputation.CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class DiT(nn.Module):
@@ -187,7 +170,10 @@ class DiT(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         patches = self.patch_embedding(x.to(dtype))  # (B, dim, F, H, W)
         rope = rope_table(patches.shape[2:], patches.shape[1] // self.num_heads, x.device)
-        time = self.time_embedding(timestep_embedding(t, self.freq_dim))
+        half = self.freq_dim // 2
+        freqs = 10000 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        angles = t.float()[:, None] * freqs  # (B, freq_dim/2)
+        time = self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=1))  # cosines first
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B, 6, dim)
         context = self.text_embedding(context.to(dtype))  # (B, L, dim)
         tokens = rearrange(patches.float(), "b c f h w -> b (f h w) c").contiguous()  # else every block copies first
@@ -215,12 +201,12 @@ class DiT(nn.Module):
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-        contexts = partial(create_selective_checkpoint_contexts, keep_self_attention)
+        contexts = partial(recomputation.create_selective_checkpoint_contexts, keep_self_attention)
         options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         x, _, shared = self.embed(x, t, context)
         for n, layer in enumerate(self.blocks[:block], 1):
             args = x, *shared, n == block
-            x = recompute(layer, *args, **options) if checkpoint else layer(*args)
+            x = recomputation.checkpoint(layer, *args, **options) if checkpoint else layer(*args)
         return x
 
 
@@ -228,15 +214,10 @@ def offload_blocks(module, device):
     """Leave the weights of module.blocks in host memory and copy each block's to the device as it runs.
 
     A thread copies those of the next block, in a backward pass of the one before, while one runs: two blocks' weights
-    at most are on the device. Where gradients are needed run with checkpoint=True: a graph would keep all weights.
-    Returns the module, its other parts on the device.
+    at most are there. Where gradients are needed use checkpoint=True: a graph would keep all. Returns the module.
     """
     stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
     thread, host, copies, last, weights = ThreadPoolExecutor(1), [], {}, 0, None
-    for block in module.blocks:
-        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
-        block.to("meta")  # else host memory would hold the weights twice
-    shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed
 
     def fetch(n):
         with torch.cuda.stream(stream):
@@ -254,8 +235,10 @@ def offload_blocks(module, device):
         copies[following] = thread.submit(fetch, following)
         return torch.func.functional_call(shell, weights, args, kwargs)
 
+    shell = copy.deepcopy(module.blocks[0]).to("meta")  # runs with the weights that it is handed
     for n, block in enumerate(module.blocks):
-        block.forward = partial(run, n)
+        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
+        block.to("meta").forward = partial(run, n)  # else host memory would hold the weights twice
     for child in set(module.children()) - {module.blocks}:
         child.to(device)
     return module
@@ -349,8 +332,7 @@ class Resample(nn.Module):
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         else:
-            upsample = nn.Upsample(scale_factor=2, mode="nearest-exact")
-            self.resample = nn.Sequential(upsample, nn.Conv2d(dim, dim // 2, 3, padding=1))
+            self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
         if temporal:
             self.time_conv = CausalConv3d(dim, dim if down else 2 * dim, (3, 1, 1), (2 if down else 1, 1, 1))
 
@@ -365,13 +347,12 @@ class Resample(nn.Module):
 
 
 def blend_tiles(size, tile, stride, units, device=None):
-    """Overlapping tiles of one axis: list of Tile.
+    """Overlapping tiles of one axis: list of Tile, whose weights ramp over the overlap and sum to 1 everywhere.
 
-    size, tile and stride are in latents; units are the pixels of a latent in input and output. The weights of all tiles
-    sum to 1 everywhere and ramp over the overlap; the last tile is shifted to end at the border.
+    size, tile and stride are in latents; units are the pixels of a latent in input and output.
     """
     tile, unit = min(tile, size), units[1]
-    starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]
+    starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]  # the last is at the border
     position, ramp = (torch.arange(size * unit, device=device) + 0.5) / unit, max(tile - stride, 1)  # in latents
     weights = torch.ones(len(starts), size * unit, device=device)
     for row, start in zip(weights, starts):
@@ -512,7 +493,7 @@ class TextEncoder(nn.Module):
         return self.norm(x)
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
+# ---- Loading and prompts ---------------------------------------------------------------------------------------------
 
 REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
 DIT_FILES, VAE_FILE = "diffusion_pytorch_model*.safetensors", "Wan2.1_VAE.pth"
@@ -555,9 +536,8 @@ class Model(NamedTuple):
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
-    Cheap: the headers of a folder's files are read and checked; of a hub repo only config.json is fetched, the rest
-    when it is first needed. dtype is that of the DiT's matmuls. offload keeps the blocks of DiT and text encoder in
-    host memory. Raises ModelError.
+    Cheap: a folder's files are checked by their headers, of a hub repo only config.json is fetched. dtype is the DiT
+    matmuls'. offload keeps the blocks of DiT and text encoder in host memory. Raises ModelError.
     """
     random = random_weights or name == "tiny"
     if random and name not in ARCHITECTURES:
@@ -603,10 +583,8 @@ def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
     module = (cast(module, dtype) if cls is DiT else module).to_empty(device=device).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(seed)
     for name, p in module.named_parameters():
-        if name.endswith("bias"):
-            p.zero_()
-        elif "norm" in name or name.endswith("gamma"):
-            p.fill_(1)
+        if "norm" in name or name.endswith(("bias", "gamma")):
+            p.fill_(0 if name.endswith("bias") else 1)
         else:
             fan_in = p.shape[-1] if "modulation" in name else p[0].numel()
             p.normal_(0, fan_in**-0.5, generator=generator)
@@ -620,32 +598,26 @@ def random_contexts(prompts, text_dim, device="cpu"):
 
 
 def find_checkpoint(name):
-    """Number of DiT blocks of the checkpoint `name`, and a function that gives its folder with all files checked.
-
-    A local folder is checked at once. Of a hub repo config.json is fetched at once, all else by that function.
-    """
+    """Number of DiT blocks of the checkpoint `name`, and a function that gives its folder with all files checked."""
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
         dit, *_ = [load(cls, name) for cls in PARTS]
         return len(dit.blocks), lambda: name
     repo = REPOS.get(name, name)
     path = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
     if os.path.isfile(name):
-        raise unusable(name, [name, *(read_tensors(Path(name)) if name.endswith(".safetensors") else ())])
+        raise unusable(name, [name, *(read(name, load_file) if name.endswith(".safetensors") else ())])
     if repo not in REPOS.values() and path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
-        names = ", ".join(ARCHITECTURES)
-        raise ModelError(f"unknown model {name!r}: give a checkpoint folder, a hub repo id, or one of toy, {names}")
-    from huggingface_hub import hf_hub_download, model_info, snapshot_download, utils
+        raise ModelError(f"unknown model {name!r}: not a folder, repo id or one of toy, {', '.join(ARCHITECTURES)}")
+    from huggingface_hub import list_repo_files, snapshot_download, utils
 
     def hub(call, **options):
         try:
             return call(repo, **options)
-        except utils.GatedRepoError:
-            reason = "is gated: accept its terms on its page, then run `hf auth login`"
-        except utils.RepositoryNotFoundError:
-            reason = "is not on the hub: check the spelling, or run `hf auth login` if it is private"
+        except utils.RepositoryNotFoundError:  # and of this kind, those gated
+            reason = "is not on the hub, or is private or gated: check the spelling, accept its terms, `hf auth login`"
         except Exception as error:  # each version of the library has its own
             reason = (f"cannot be fetched ({shorten(str(error), 200)}); run it again, it resumes; go online; or give "
-                      f"--model DIR of `hf download {repo} --local-dir DIR`; or copy a cache, set HF_HOME")  # fmt: skip
+                      f"--model DIR of `hf download {repo} --local-dir DIR`; or set HF_HOME to a cache")  # fmt: skip
         raise ModelError(f"{repo} {reason}")
 
     @lru_cache
@@ -655,14 +627,10 @@ def find_checkpoint(name):
             load(cls, folder)
         return folder
 
-    try:
-        config = hf_hub_download(repo, "config.json", local_files_only=True)
-    except OSError:  # not in the cache; asking for the repo fails at once where a download tries for long
-        files = [file.rfilename for file in hub(model_info, timeout=10).siblings]
-        if "config.json" not in files:
-            raise unusable(repo, files) from None
-        config = hub(hf_hub_download, filename="config.json")
-    return read_config(Path(config).parent).get("num_layers", 30), fetch
+    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache where there is no net
+    if not config:
+        raise unusable(repo, hub(list_repo_files))
+    return config.get("num_layers", 30), fetch
 
 
 def unusable(where, names, otherwise="not a checkpoint"):
@@ -671,8 +639,8 @@ def unusable(where, names, otherwise="not a checkpoint"):
                "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
                "t5.*fp8": "a checkpoint with an fp8 text encoder",
                r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint"}  # fmt: skip
-    found = [kind for pattern, kind in layouts.items() if re.search(pattern, "\n".join(names), re.I | re.M)]
-    kind = found[0] if found else otherwise
+    text = "\n".join(names)
+    kind = next((kind for pattern, kind in layouts.items() if re.search(pattern, text, re.I | re.M)), otherwise)
     return ModelError(f"{where} is {kind}: only the official layout can be read, as {REPOS['1.3B']}")
 
 
@@ -682,12 +650,6 @@ def read(path, reader):
         return reader(str(path))
     except Exception as error:  # each format has its own exceptions
         raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again") from None
-
-
-def read_tensors(path):
-    """name -> memory-mapped tensor of a .safetensors or .pth file."""
-    pickle = partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    return read(path, pickle if path.suffix == ".pth" else load_file)
 
 
 def read_config(folder):
@@ -702,16 +664,16 @@ def read_config(folder):
 def load(cls, folder, device="cpu", dtype=None, progress=iter):
     """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder, on the device.
 
-    With no dtype and on the CPU weights stay memory-mapped: names and shapes are checked, no more. config.json has the
-    DiT's arguments and, of a checkpoint of another size than Wan's, under `vae` and `text_encoder` the others'.
-    progress wraps the list of a DiT's weights. Raises ModelError.
+    With no dtype, on the CPU, names and shapes are checked and no weight is read. config.json has the DiT's arguments,
+    and may have the others' as `vae` and `text_encoder`. progress wraps the DiT's weights. Raises ModelError.
     """
     folder, config = Path(folder), read_config(folder)
     missing = [pattern for pattern in (*PARTS.values(), TOKENIZER_FILE) if not any(folder.glob(pattern))]
     if missing:
         raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
     files = sorted(folder.glob(PARTS[cls]))
-    tensors = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+    reader = load_file if cls is DiT else partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
+    tensors = {name: tensor for file in files for name, tensor in read(file, reader).items()}
     arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
     if cls is DiT:
         arguments = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
@@ -723,22 +685,15 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ModelError(f"{files[0]}: {shorten(str(error), 300)}; that of {REPOS['1.3B']} is right") from None
-    for name, p in module.named_parameters():
-        if p.dtype.itemsize == 1:
-            raise ModelError(f"{files[0]}: {name} is in fp8; that of {REPOS['1.3B']} is right")
+    if any(p.dtype.itemsize == 1 for p in tensors.values()):
+        raise unusable(files[0], [], "in fp8")
     if cls is DiT and dtype:
         return cast(module, dtype, device, progress)
     return module.to(device, torch.float32 if cls is VAE else None)
 
 
-# ---- Prompts ---------------------------------------------------------------------------------------------------------
-
-
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt, list of at most 512, the end token last; a longer one is cut with a warning.
-
-    The text is cleaned as by the official code: ftfy, HTML-unescaped, white space collapsed.
-    """
+    """UMT5 ids of a prompt cleaned as by the official code: list, the end token last, cut to 512 with a warning."""
     import ftfy
 
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
