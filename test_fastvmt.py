@@ -693,7 +693,7 @@ def test_the_whole_path_makes_every_tensor_on_the_device_asked_for(tmp_path, mon
             return true(*args)
 
     monkeypatch.setattr(wan_min.TextEncoder, "forward", watched)
-    monkeypatch.setattr(wan_min, "load", lambda cls, folder, device, *args: load(cls, folder, "cpu", *args).to(device))
+    monkeypatch.setattr(wan_min, "load", lambda cls, folder, to="cpu", *args: load(cls, folder, "cpu", *args).to(to))
     write_checkpoint(tmp_path / "m")
     for offload in (False, True):
         model = wan_min.open_model(str(tmp_path / "m"), "meta", torch.bfloat16, offload=offload)
