@@ -582,7 +582,7 @@ def generate(args, config, dit, noise, contexts, reference):
         bar.update(step + 1 - bar.n)
 
     with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
-        for checkpoint in (args.offload or args.checkpoint == "on", True):
+        for checkpoint in ("full" if args.offload else args.checkpoint == "on", True):
             try:
                 return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,
                               null=contexts[2], config=config, checkpoint=checkpoint, callback=callback)  # fmt: skip

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import warnings
 import zlib
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -196,13 +195,14 @@ class DiT(nn.Module):
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
-        Arguments as in `forward`; `checkpoint` recomputes each block in the backward pass and stores its input and
-        self-attention's output alone. Raises ValueError for a block outside the model.
+        Arguments as in `forward`. checkpoint recomputes each block in the backward pass and stores its input and
+        self-attention's output alone, or, if "full", its input. Raises ValueError for a block outside the model.
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
-        contexts = partial(recomputation.create_selective_checkpoint_contexts, keep_self_attention)
-        options = dict(use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        if checkpoint != "full":
+            options["context_fn"] = partial(recomputation.create_selective_checkpoint_contexts, keep_self_attention)
         x, _, shared = self.embed(x, t, context)
         for n, layer in enumerate(self.blocks[:block], 1):
             args = x, *shared, n == block
@@ -235,10 +235,11 @@ def offload_blocks(module, device):
         copies[following] = thread.submit(fetch, following)
         return torch.func.functional_call(shell, weights, args, kwargs)
 
-    shell = copy.deepcopy(module.blocks[0]).to("meta")  # runs with the weights that it is handed
     for n, block in enumerate(module.blocks):
         host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
         block.to("meta").forward = partial(run, n)  # else host memory would hold the weights twice
+    shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed,
+    del shell.forward  # not as `run`
     for child in set(module.children()) - {module.blocks}:
         child.to(device)
     return module
@@ -693,13 +694,13 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
 
 
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt cleaned as by the official code: list, the end token last, cut to 512 with a warning."""
+    """UMT5 ids of a prompt cleaned as by the official code: list, the end token last, cut to 512 with a notice."""
     import ftfy
 
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if len(ids) >= TEXT_LENGTH:
-        warnings.warn(f"prompt cut to {TEXT_LENGTH} of its {len(ids) + 1} tokens: {text[:30]}...", stacklevel=2)
+        print(f"prompt cut to {TEXT_LENGTH} of its {len(ids) + 1} tokens: {text[:30]}...")
     return ids[: TEXT_LENGTH - 1] + [tokenizer.token_to_id("</s>")]
 
 
