@@ -346,7 +346,7 @@ def run_ffmpeg(task, *arguments, data=b""):
 
 def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b""):
     """At most num_frames frames of ffmpeg's input `source`, from `skip` seconds on: uint8 (T, H, W, 3)."""
-    source = [*source, "-map", "0:V:0"]  # the first video stream that is no cover picture
+    source = [*source, "-map", "0:V:0"]  # the first video stream, cover pictures aside
     _, log = run_ffmpeg(task, *source, *"-vf showinfo -frames:v 1 -f null -".split(), data=data)
     shown = r"(?s) fmt:(\w+) .*?sar:(\d+)/(\d+) s:(\d+)x(\d+) .*?color_space:(\S+) .*?color_trc:(\S+)"
     if not (frame := re.search(shown, log)):
@@ -392,7 +392,7 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
             size, turn = frames[0].shape[:2], False
     else:
         skip = min(start, 10.0)  # decoded for nothing, as ffmpeg may seek to after the key frame that is needed
-        # An absolute path is no URL and no option.
+        # An absolute path is neither URL nor option.
         source = DEMO if path == "demo" else ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]
         frames = decode_frames(task, source, num_frames, size, fps, turn, skip)
     if len(frames) < 5:

@@ -2086,7 +2086,7 @@ def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
         assert done == 1 and "--checkpoint on, --offload" in err and len(err.splitlines()) == 1, error
         assert not list(tmp_path.iterdir())
     monkeypatch.setattr(fastvmt, "sample", failing(OTHERS[0]))
-    with pytest.raises(RuntimeError, match="illegal memory access"):  # a bug, which the user cannot mend
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # a bug, which the user cannot fix
         run_main(capsys, *args)
     monkeypatch.undo()
     forward, times = wan_min.DiT.forward, iter(range(100))

@@ -206,7 +206,7 @@ def compute(rows, clips, args, model):
     codec, dit = model.load_codec(), model.load_dit()
     for block in dit.blocks if args.compile else ():
         block.compile()
-    real_weights = args.model not in ("toy", "tiny", "small") and not args.random_weights
+    real_weights = args.model not in ("toy", "tiny") and not args.random_weights
     opened = open_metrics(device) if real_weights else []
     classes = effect.texture_classes() if args.model == "toy" else None
     counts, warm = cost.count_passes(dit), False
