@@ -34,8 +34,8 @@ from torch.utils import checkpoint as recomputation
 
 
 def out_of_memory(error):
-    """Whether an exception says that the memory of the host or of a device is used up, of which there are many."""
-    texts = ("CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    """Whether an exception says, in one of many wordings, that the memory of the host or of a device is used up."""
+    texts = ("CUDA error: out of memory", "MPS backend out of memory", "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
              "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
     named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -217,6 +217,7 @@ def offload_blocks(module, device):
     at most are there. Where gradients are needed use checkpoint=True: a graph would keep all. Returns the module.
     """
     stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    pin = stream and isinstance(module, DiT)  # pinned memory is kept for good, and a text encoder runs once
     thread, host, copies, last, weights = ThreadPoolExecutor(1), [], {}, 0, None
 
     def fetch(n):
@@ -236,7 +237,7 @@ def offload_blocks(module, device):
         return torch.func.functional_call(shell, weights, args, kwargs)
 
     for n, block in enumerate(module.blocks):
-        host.append({name: p.pin_memory() if stream else p for name, p in block.state_dict().items()})
+        host.append({name: p.pin_memory() if pin else p for name, p in block.state_dict().items()})
         block.to("meta").forward = partial(run, n)  # else host memory would hold the weights twice
     shell = copy.deepcopy(module.blocks[0])  # runs with the weights that it is handed,
     del shell.forward  # not as `run`
@@ -508,8 +509,7 @@ ARCHITECTURES = {  # constructor arguments of DiT and VAE; tiny exists with rand
     "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8)),
 }
 
-# Of Wan's own configuration: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
-NEGATIVE_PROMPT = (
+NEGATIVE_PROMPT = (  # Wan's own: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
@@ -537,8 +537,7 @@ class Model(NamedTuple):
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
-    Cheap: a folder's files are checked by their headers, of a hub repo only config.json is fetched. dtype is the DiT
-    matmuls'. offload keeps the blocks of DiT and text encoder in host memory. Raises ModelError.
+    Cheap: reads headers, or a repo's config.json. dtype: the DiT matmuls'. offload: blocks in host memory. ModelError.
     """
     random = random_weights or name == "tiny"
     if random and name not in ARCHITECTURES:
@@ -604,10 +603,10 @@ def find_checkpoint(name):
         dit, *_ = [load(cls, name) for cls in PARTS]
         return len(dit.blocks), lambda: name
     repo = REPOS.get(name, name)
-    path = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
+    looks_local = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
     if os.path.isfile(name):
         raise unusable(name, [name, *(read(name, load_file) if name.endswith(".safetensors") else ())])
-    if repo not in REPOS.values() and path or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
+    if repo not in REPOS.values() and looks_local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise ModelError(f"unknown model {name!r}: not a folder, repo id or one of toy, {', '.join(ARCHITECTURES)}")
     from huggingface_hub import list_repo_files, snapshot_download, utils
 
@@ -650,7 +649,8 @@ def read(path, reader):
     try:
         return reader(str(path))
     except Exception as error:  # each format has its own exceptions
-        raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again") from None
+        damaged = ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again")
+        raise error if out_of_memory(error) else damaged from None
 
 
 def read_config(folder):
@@ -674,17 +674,17 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
         raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
     files = sorted(folder.glob(PARTS[cls]))
     reader = load_file if cls is DiT else partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    tensors = {name: tensor for file in files for name, tensor in read(file, reader).items()}
+    tensors = {name: tensor for file in files for name, tensor in read(file, lambda path: dict(reader(path))).items()}
     arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
     if cls is DiT:
         arguments = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
         official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
         arguments = arguments or ARCHITECTURES[official][0]
-    with torch.device("meta"):
-        module = cls(**arguments).requires_grad_(False).eval()
     try:
+        with torch.device("meta"):
+            module = cls(**arguments).requires_grad_(False).eval()
         module.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{files[0]}: {shorten(str(error), 300)}; that of {REPOS['1.3B']} is right") from None
     if any(p.dtype.itemsize == 1 for p in tensors.values()):
         raise unusable(files[0], [], "in fp8")

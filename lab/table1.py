@@ -327,7 +327,7 @@ def main(argv=None):
         return 0
     except BaseException as error:
         code, text = fastvmt.explain(error)
-        print(f"lab.table1: {text}; the same command goes on from here", file=sys.stderr)
+        print(f"lab.table1: {text}" + "; the same command goes on from here" * (code != 2), file=sys.stderr)
         return code
 
 
