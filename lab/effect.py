@@ -187,7 +187,7 @@ def figure(dit, args, config, path, seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How well the method moves the toy. Other flags are fastvmt's.")
     parser.add_argument("--clips", type=int, default=16, help="of each kind of motion")
     parser.add_argument("--first", type=int, default=91000, help="seed of the first clip")
     parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")
