@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -2103,6 +2104,7 @@ def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("guiding"):
+                time.sleep(0.5)  # until the bar is there, which an interrupt would leave half made
                 process.send_signal(signal.SIGINT)
                 break
         _, err = process.communicate(timeout=60)

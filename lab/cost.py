@@ -249,7 +249,7 @@ def bench(args, model, repeat=2):
             numbers = " | ".join(f"{x:.3g}" for x in (counts[name], seconds[name], work, rate))
             yield f"| {name} | {numbers} | {share} | {here:.3g} | {foretold:.3g} |"
 
-    codec = model.load_codec()
+    codec = model.load_codec(True)  # in tiles, as the dry run counts them
     yield from measure({"encode": partial(codec.encode, video), "decode": partial(codec.decode, noise)})
     del codec, video
     dit = model.load_dit()

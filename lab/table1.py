@@ -69,9 +69,8 @@ def make_rows(argv, args, blocks):
     wanted = args.rows or (TOY_ROWS if args.model == "toy" else [*ROWS])
     for name in ["full method", *(name for row in wanted for name in (block_rows if row == "blocks" else [row]))]:
         row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
-        if changed := [
-            key for key, value in vars(row).items() if key in SHARED | OTHERS - {"config"} and value != vars(args)[key]
-        ]:
+        changed = [key for key in SHARED | OTHERS - {"config"} if vars(row)[key] != vars(args)[key]]
+        if changed:
             raise fastvmt.UserError(f"row {name!r}: all rows share one {changed[0]}")
         if not 1 <= row.block <= blocks:
             raise fastvmt.UserError(f"row {name!r}: block {row.block} is outside the model's 1 to {blocks}")
