@@ -17,10 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from functools import partial
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -2054,6 +2054,7 @@ def test_a_killed_run_leaves_whole_files_or_none(tmp_path):
     kill = """
 import os, signal, sys
 from pathlib import Path
+from threading import Event
 import fastvmt
 
 def killed(*args, **kwargs):
@@ -2104,7 +2105,7 @@ def test_failures_during_sampling(tmp_path, capsys, monkeypatch):
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
         for line in process.stdout:
             if line.startswith("guiding"):
-                time.sleep(0.5)  # until the bar is there, which an interrupt would leave half made
+                Event().wait(0.5)  # until the bar is there, which an interrupt would leave half made
                 process.send_signal(signal.SIGINT)
                 break
         _, err = process.communicate(timeout=60)
