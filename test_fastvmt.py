@@ -2686,6 +2686,22 @@ def test_cost_counts_attention_and_live_memory():
     assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
 
 
+def test_peers(diffusers, capsys, monkeypatch):
+    from lab import peers
+
+    command = "peers --device cpu --blocks 1 --latents 2 4 6 --vae-latents 2 4 4 --rounds 2"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(peers, "WIDTHS", dict(dim=96, num_heads=2, ffn_dim=128, text_dim=32))
+    monkeypatch.setattr(peers, "VAE_WIDTH", 4)
+    peers.main()
+    rows = {row: list(cells.values())[1:] for (_, row), cells in read_table(capsys.readouterr().out).items()}
+    assert list(rows) == ["velocity, fp32", "velocity, bf16", "encode", "decode"]
+    for row, (difference, _, _, ratio, *peaks) in rows.items():
+        assert 0 < float(difference) < (0.02 if "bf16" in row else 1e-4), row
+        low, middle, high = sorted(map(float, re.findall(r"[\d.]+", ratio)))
+        assert 0 < low <= middle <= high and len(peaks) == 2
+
+
 def test_dry_run_and_bench(capsys, monkeypatch):
     args = "--model tiny --device cpu --frames 5 --size 32x48 --cfg-scale 1 --steps 10 --guided-fraction 0.3".split()
     parsed, model = table1.parse_arguments([*args, "--dtype", "fp32"])
@@ -2693,9 +2709,10 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     assert cost.run_counts(matched)["reference pass"] == 3
     flops, peaks = counted = cost.count(parsed, model)
     monkeypatch.setattr(cost, "count", lambda args, model: counted)
-    code, out, err = run_table(capsys, *args, "--dry-run")
+    code, out, err = run_table(capsys, *args, "--dry-run", "--rows", "ref_noise=match, interval=1", "no_transfer")
     assert code == 0 and not err, err
-    table = {row: list(cells.values()) for (_, row), cells in read_table(out).items()}
+    tables = read_table(out)
+    table = {row: list(cells.values()) for (title, row), cells in tables.items() if not title}
     assert [cells[1] for cells in table.values()] == ["1", "1", "12", "12", "10", "1"]
     tokens, dim, ffn = 2 * 2 * 3, 96, 192
     attention, context = 2 * 2 * tokens * (tokens + 512) * dim, 2 * 512 * 2 * dim * dim
@@ -2706,6 +2723,18 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     backward = flops["gradient"][0] - flops["reference pass"][0]
     assert backward == pytest.approx(2 * (2.5 * attention + linear), rel=0.1)
     assert flops["gradient"][1] - flops["gradient"][0] == pytest.approx(2 * (attention + context + linear), rel=0.1)
+    name = {phase: flops[phase][0] for phase in flops}
+    others, whole = 10 * name["velocity"] + name["encode"] + name["decode"], []
+    rows = {"full method": (12, 1), "ref_noise=match, interval=1": (30, 3), "no_transfer": (0, 0)}
+    for row, (gradients, references) in rows.items():
+        guidance = gradients * name["gradient"] + references * name["reference pass"]
+        denoising, rest = 10 * name["velocity"], name["velocity"] - name["reference pass"]
+        whole.append(guidance + others)
+        hooked = whole[-1] + (gradients + references) * rest
+        unit = whole[0] / 1e15
+        true = [guidance, denoising, whole[-1], whole[-1] / unit, hooked, hooked / unit]
+        cells = [float(text) for text in list(tables["run, PFLOP", row].values())[1:]]
+        assert cells == pytest.approx([x / 1e15 for x in true], rel=0.006), row
     stored, recomputed, offloaded = peaks["gradient"]
     dit = wan_min.random_model(wan_min.DiT, wan_min.ARCHITECTURES["tiny"][0])
     block = sum(p.nbytes for p in dit.blocks[0].parameters())

@@ -153,7 +153,7 @@ def dit_phases(dit, noise, context, config, checkpoint):
 def run_counts(args):
     """How often a run does each of the phases."""
     config = args.config
-    guided = fastvmt.guided_steps(args.steps, config)
+    guided = 0 if args.no_transfer else fastvmt.guided_steps(args.steps, config)
     gradients = guided * math.ceil(config.inner_steps / config.interval)
     references = guided if config.ref_noise == "match" else min(guided, 1)
     velocities = args.steps * (1 if args.cfg_scale == 1 else 2)
@@ -199,8 +199,11 @@ def count(args, model):
     return flops, peaks
 
 
-def dry_run(args, model):
-    """Markdown lines of FLOPs and memory of a run of this size, weights included; nothing is computed."""
+def dry_run(args, model, rows):
+    """Markdown lines of FLOPs and memory of a run of this size, weights included; nothing is computed.
+
+    rows: {name: arguments} of runs that differ in how often they do what, not in what they do.
+    """
     flops, peaks = count(args, model)
     counts = run_counts(args)
     yield "| | times | TFLOP | recomputing | GiB, all stored | recomputing | and --offload |"
@@ -209,9 +212,20 @@ def dry_run(args, model):
         tera, giga = [f"{x / 1e12:.1f}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
         tera, giga = tera + tera[:1] * (3 - len(tera)), giga + giga[:1] * (3 - len(giga))
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
-    guidance, denoising = (sum(counts[name] * flops[name][0] for name in names) / 1e15
-                           for names in (("reference pass", "gradient"), ("velocity",)))  # fmt: skip
-    yield f"\nA run: guidance {guidance:.1f} PFLOP, denoising {denoising:.1f} PFLOP."
+    # What an implementation pays whose guidance reads Q and K with a hook and lets the DiT run to its end.
+    rest = flops["velocity"][0] - flops["reference pass"][0]
+    yield "\n| run, PFLOP | guidance | denoising | all | share | all, with whole forward passes | their share |"
+    yield "|---" + "|--:" * 6 + "|"
+    first = None
+    for name, row in rows.items():
+        counts = run_counts(row)
+        cost = {phase: counts[phase] * flops[phase][0] / 1e15 for phase in counts}
+        guidance, denoising = cost["reference pass"] + cost["gradient"], cost["velocity"]
+        whole = guidance + denoising + cost["encode"] + cost["decode"]
+        hooked = whole + (counts["reference pass"] + counts["gradient"]) * rest / 1e15
+        first = first or whole
+        numbers = guidance, denoising, whole, whole / first, hooked, hooked / first
+        yield f"| {name} | {' | '.join(f'{x:.3g}' for x in numbers)} |"
 
 
 # ---- On this machine -------------------------------------------------------------------------------------------------

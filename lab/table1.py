@@ -132,7 +132,7 @@ def run_row(dit, counts, noise, reference, contexts, row):
     total = cost.clock(device) - start
     return latents, {
         "total s": total, "guidance s": total - counts["seconds"], "denoising s": counts["seconds"],
-        "gradients": 0 if row.no_transfer else cost.run_counts(row)["gradient"], "block forwards": counts["forwards"],
+        "gradients": cost.run_counts(row)["gradient"], "block forwards": counts["forwards"],
         "block backwards": counts["backwards"], "peak GiB": cost.peak_memory(device) / 2**30,
     }  # fmt: skip
 
@@ -295,7 +295,8 @@ def parse_arguments(argv):
         "of settings such as 'interval=10, tau=2'")  # fmt: skip
     add("--keep-videos", action="store_true", help="write each result's video to OUT")
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
-    add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, without a GPU")
+    add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, and the FLOPs of "
+        "--rows, without a GPU")  # fmt: skip
     add("--bench", action="store_true", help="no table, but seconds, FLOP/s and memory of each part of a run, here")
     add("--peak-tflops", type=float, help="with --bench: the card's bf16 peak, if it is not a known card")
     parser.set_defaults(out=Path("table1"))
@@ -310,7 +311,8 @@ def main(argv=None):
     try:
         args, model = parse_arguments(argv)
         if args.dry_run or args.bench:
-            for line in cost.bench(args, model) if args.bench else cost.dry_run(args, model):
+            rows = make_rows(argv, args, model.blocks) if args.rows else {"full method": args}
+            for line in cost.bench(args, model) if args.bench else cost.dry_run(args, model, rows):
                 print(line, flush=True)
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
