@@ -43,16 +43,12 @@ class MotionConfig:
     inner_steps: int = setting(10, "optimizer steps J in a guided step (Sec. 4.1)")
     interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
     lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
-    ref_noise: float | str = setting(
-        0.0, "noise level σ of the reference: 0 (Sec. 3.2) or the step's, 'match' (Alg. 1)"
-    )
+    ref_noise: float | str = setting(0.0, "noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (Alg. 1)")
 
     def __post_init__(self):
         counts = self.block, *self.tile, self.span, self.inner_steps, self.interval
         if min(counts) < 1 or self.window is not None and self.window < 1 or not 0 <= self.guided_fraction <= 1:
-            raise UserError(
-                "block, tile, window, span, inner_steps, interval are at least 1, guided_fraction is 0 to 1"
-            )
+            raise UserError("block, tile, window, span, inner_steps, interval must be ≥ 1, guided_fraction 0 to 1")
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
         if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
@@ -276,13 +272,14 @@ def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
 
 
 @torch.no_grad()
-def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None,
+def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, velocity_interval=1, reference=None, null=None,
            config=MotionConfig(), checkpoint=False, callback=lambda step, x, losses: None):  # fmt: skip
     """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
 
     dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
     (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
-    latents or None. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
+    latents or None. velocity_interval: every such unguided step computes a velocity, the next reuse it: one long Euler
+    step. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
@@ -297,11 +294,12 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
                 level = sigma if config.ref_noise == "match" else config.ref_noise
                 flow_ref, _ = motion_features(dit, match_noise(reference, noise, level), level, null, config)
             x, losses = guide(dit, x, sigma, context, flow_ref, config, checkpoint=checkpoint)
-        t = torch.full((1,), 1000 * sigma, device=x.device)
-        v = dit(x, t, context)
-        if cfg_scale != 1:
-            v_negative = dit(x, t, negative)
-            v = v_negative + cfg_scale * (v - v_negative)
+        if step < guided or (step - guided) % velocity_interval == 0:
+            t = torch.full((1,), 1000 * sigma, device=x.device)
+            v = dit(x, t, context)
+            if cfg_scale != 1:
+                v_negative = dit(x, t, negative)
+                v = v_negative + cfg_scale * (v - v_negative)
         x = x + (next_sigma - sigma) * v
         callback(step, x, losses)
     return x
@@ -512,6 +510,7 @@ def build_parser():
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
     add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
     add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
+    add("--velocity-interval", type=int, default=1, help="compute every so-many-th unguided velocity, reuse it between")
     add("--strength", type=float, default=1.0, help="below 1, start from the noised reference (authors' code: 0.75)")
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
@@ -550,11 +549,11 @@ def check_arguments(args, config, model, kept):
     if config.block > model.blocks:
         raise UserError(f"--block {config.block} is outside the model's 1 to {model.blocks}")
     limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
-              "shift": (0.001, 1000), "strength": (0.001, 1)}  # fmt: skip
+              "shift": (0.001, 1000), "strength": (0.001, 1), "velocity_interval": (1, 10**4)}  # fmt: skip
     for name, (low, high) in limits.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value} is not between {low} and {high}")
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     outputs = [path for path in (args.out, args.compare) if path]
     distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
     if len(distinct) < 1 + len(outputs) or any(path.suffix.lower() != ".mp4" for path in outputs):
@@ -585,7 +584,8 @@ def generate(args, config, dit, noise, contexts, reference):
         for checkpoint in ("full" if args.offload else args.checkpoint == "on", True):
             try:
                 return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,
-                              null=contexts[2], config=config, checkpoint=checkpoint, callback=callback)  # fmt: skip
+                              velocity_interval=args.velocity_interval, null=contexts[2], config=config,
+                              checkpoint=checkpoint, callback=callback)  # fmt: skip
             except RuntimeError as error:
                 if checkpoint or args.checkpoint == "off" or not wan_min.out_of_memory(error):
                     raise
@@ -643,9 +643,8 @@ def run(args, config, model):
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     cosine, error = flow_agreement(flows["reference"], flows["result"])
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    print(
-        f"entropy of the reference's attention over its windows: {100 * entropies['reference'].mean():.0f} % of uniform"
-    )
+    entropy = 100 * entropies["reference"].mean()
+    print(f"entropy of the reference's attention over its windows: {entropy:.0f} % of uniform")
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 

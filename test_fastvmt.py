@@ -499,6 +499,19 @@ def test_guidance_lowers_the_loss(dit, clip):
             assert total == pytest.approx(5 * amf + window, rel=1e-5)
 
 
+def test_unguided_velocities_are_reused(dit, clip):
+    noise, reference, context, negative, null = clip
+    guided = dict(reference=reference, null=null, config=dataclasses.replace(CONFIG, guided_fraction=0.3))
+    sigmas, passes = wan_min.flow_sigmas(6, 2.0), []
+    hook = dit.register_forward_pre_hook(lambda *_: passes.append(1))
+    reused = fastvmt.sample(dit, noise, sigmas, context, negative, velocity_interval=2, **guided)
+    hook.remove()
+    assert len(passes) == 2 * (2 + 2)  # two guided steps, and two of the four others
+    close(reused, fastvmt.sample(dit, noise, sigmas[[0, 1, 2, 4, 6]], context, negative, **guided), 1e-5)
+    plain = fastvmt.sample(dit, noise, sigmas, context, negative, velocity_interval=3)
+    close(plain, fastvmt.sample(dit, noise, sigmas[::3], context, negative), 1e-5)
+
+
 def test_sampler_features_of_the_reference(clip):
     """Which latents, noise level and prompt the reference's and the result's features are read at (Algorithm 1)."""
     noise, reference, context, negative, null = clip
@@ -2551,14 +2564,16 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
         return true(dit, noise, sigmas, *contexts, **options)
 
     monkeypatch.setattr(fastvmt, "sample", spy)
-    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1", "steps=2"]
+    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1",
+            "steps=2, velocity_interval=3"]  # fmt: skip
     args = [*TABLE, "--out", tmp_path, "--strength", "0.9", "--seed", "3", "--checkpoint", "on"]
     assert run_table(capsys, *args, "--rows", *rows)[0] == 0
-    (_, full), (_, first), (plain, none), (start, last), (short, _) = seen[1:]  # after the warm-up
+    (_, full), (_, first), (plain, none), (start, last), (short, reused) = seen[1:]  # after the warm-up
     assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
     assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
     assert last["reference"] is not None and start.equal(wan_min.flow_sigmas(3, 7.0, 0.5)) and last["cfg_scale"] == 1
     assert len(short) == 3 and full["checkpoint"] is True
+    assert reused["velocity_interval"] == 3 and full["velocity_interval"] == 1
     assert all(noise.equal(randn(*noise.shape, seed=3)) for noise in noises)
     for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
                       ("tau=x", "tau")):  # fmt: skip
@@ -2709,7 +2724,8 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     assert cost.run_counts(matched)["reference pass"] == 3
     flops, peaks = counted = cost.count(parsed, model)
     monkeypatch.setattr(cost, "count", lambda args, model: counted)
-    code, out, err = run_table(capsys, *args, "--dry-run", "--rows", "ref_noise=match, interval=1", "no_transfer")
+    code, out, err = run_table(capsys, *args, "--dry-run", "--rows", "ref_noise=match, interval=1",
+                               "no_transfer, velocity_interval=3")  # fmt: skip
     assert code == 0 and not err, err
     tables = read_table(out)
     table = {row: list(cells.values()) for (title, row), cells in tables.items() if not title}
@@ -2724,12 +2740,13 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     assert backward == pytest.approx(2 * (2.5 * attention + linear), rel=0.1)
     assert flops["gradient"][1] - flops["gradient"][0] == pytest.approx(2 * (attention + context + linear), rel=0.1)
     name = {phase: flops[phase][0] for phase in flops}
-    others, whole = 10 * name["velocity"] + name["encode"] + name["decode"], []
-    rows = {"full method": (12, 1), "ref_noise=match, interval=1": (30, 3), "no_transfer": (0, 0)}
-    for row, (gradients, references) in rows.items():
+    rows = {"full method": (12, 1, 10), "ref_noise=match, interval=1": (30, 3, 10),
+            "no_transfer, velocity_interval=3": (0, 0, 4)}  # fmt: skip
+    whole = []
+    for row, (gradients, references, velocities) in rows.items():
         guidance = gradients * name["gradient"] + references * name["reference pass"]
-        denoising, rest = 10 * name["velocity"], name["velocity"] - name["reference pass"]
-        whole.append(guidance + others)
+        denoising, rest = velocities * name["velocity"], name["velocity"] - name["reference pass"]
+        whole.append(guidance + denoising + name["encode"] + name["decode"])
         hooked = whole[-1] + (gradients + references) * rest
         unit = whole[0] / 1e15
         true = [guidance, denoising, whole[-1], whole[-1] / unit, hooked, hooked / unit]

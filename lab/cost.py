@@ -156,7 +156,8 @@ def run_counts(args):
     guided = 0 if args.no_transfer else fastvmt.guided_steps(args.steps, config)
     gradients = guided * math.ceil(config.inner_steps / config.interval)
     references = guided if config.ref_noise == "match" else min(guided, 1)
-    velocities = args.steps * (1 if args.cfg_scale == 1 else 2)
+    velocities = guided + math.ceil((args.steps - guided) / args.velocity_interval)
+    velocities *= 1 if args.cfg_scale == 1 else 2
     return {"encode": 1, "reference pass": references, "gradient": gradients, "of it AMF, losses, optimizer": gradients,
             "velocity": velocities, "decode": 1}  # fmt: skip
 

@@ -86,7 +86,7 @@ def main():
     parser.add_argument("--blocks", type=int, default=2, help="of the 30")
     parser.add_argument("--latents", type=int, nargs=3, default=(3, 40, 104), help="frames, rows and columns")
     parser.add_argument("--vae-latents", type=int, nargs=3, default=(3, 10, 16), help="the same for the VAE")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     device = torch.device(args.device)
     print("| | difference | ours, s | diffusers, s | ours/diffusers | ours, GiB | diffusers, GiB |")
