@@ -84,7 +84,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--blocks", type=int, default=2, help="of the 30")
-    parser.add_argument("--latents", type=int, nargs=3, default=(3, 40, 104), help="frames, rows and columns")
+    parser.add_argument("--latents", type=int, nargs=3, default=(2, 30, 52), help="frames, rows and columns")
     parser.add_argument("--vae-latents", type=int, nargs=3, default=(3, 10, 16), help="the same for the VAE")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
