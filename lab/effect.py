@@ -89,7 +89,7 @@ def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
     video, scene, prompt = toy.held_out(seed, camera, camera == "still")
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
-    sample = partial(fastvmt.sample, dit, noise, cfg_scale=args.cfg_scale)
+    sample = partial(fastvmt.sample, dit, noise, cfg_scale=args.cfg_scale, velocity_interval=args.velocity_interval)
     plain = sample(wan_min.flow_sigmas(args.steps, args.shift), context, negative)
     guided = sample(wan_min.flow_sigmas(args.steps, args.shift, args.strength), context, negative, reference=reference,
                     null=null, config=config)  # fmt: skip

@@ -26,10 +26,10 @@ def seconds(device):
 def load_into(theirs, ours, convert):
     """theirs with the weights of ours, in the same precisions as diffusers' from_pretrained would load them."""
     theirs.load_state_dict(convert({name: p.float() for name, p in ours.state_dict().items()}))
-    dtype = next(p for p in ours.parameters() if p.ndim > 1).dtype
+    weight = next(p for p in ours.parameters() if p.ndim > 1)  # its first convolution's
     for name, p in theirs.requires_grad_(False).named_parameters():
         kept = any(part in name for part in theirs._keep_in_fp32_modules or ())
-        p.data = p.data.to(next(ours.parameters()).device, torch.float32 if kept else dtype)
+        p.data = p.data.to(weight.device, torch.float32 if kept else weight.dtype)
     return theirs.eval()
 
 
