@@ -535,6 +535,12 @@ def parse_arguments(argv, parser=None):
                               random_weights=args.random_weights)  # fmt: skip
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
+    limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
+              "shift": (0.001, 1000), "strength": (0.001, 1), "velocity_interval": (1, 10**4)}  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
     config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     return args, config, model
@@ -548,12 +554,6 @@ def check_arguments(args, config, model, kept):
         raise UserError("--compile and --offload exclude each other")
     if config.block > model.blocks:
         raise UserError(f"--block {config.block} is outside the model's 1 to {model.blocks}")
-    limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
-              "shift": (0.001, 1000), "strength": (0.001, 1), "velocity_interval": (1, 10**4)}  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     outputs = [path for path in (args.out, args.compare) if path]
     distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
     if len(distinct) < 1 + len(outputs) or any(path.suffix.lower() != ".mp4" for path in outputs):

@@ -2635,6 +2635,9 @@ def test_tables_numbers_by_hand():
     argv = [*TABLE, "--rows", "blocks"]
     blocks = {name: row.block for name, row in table1.make_rows(argv, table1.parse_arguments(argv)[0], 4).items()}
     assert blocks == {"full method": 3, "block 1": 1, "block 2": 2, "block 4": 4}
+    argv = ["--model", "toy", "--device", "cpu", "--rows", "ablation"]
+    ablation = table1.make_rows(argv, table1.parse_arguments(argv)[0], 6)
+    assert len(ablation) == 1 + len(table1.ABLATION) and ablation["the paper's numbers, matched"].steps == 50
     lines = [{"key": [row, clip, "x", 0], "columns": {"error": value}} for (row, clip), value in values.items()]
     table = read_table(table1.make_table(lines, rows, args))
     assert table["mean", "full method"] == {"mean": "full method", "n": "2", "error": "3.0 ± 2.0"}
@@ -2748,8 +2751,9 @@ def test_dry_run_and_bench(capsys, monkeypatch):
         denoising, rest = velocities * name["velocity"], name["velocity"] - name["reference pass"]
         whole.append(guidance + denoising + name["encode"] + name["decode"])
         hooked = whole[-1] + (gradients + references) * rest
+        recomputed = hooked + gradients * (flops["gradient"][2] - name["gradient"])
         unit = whole[0] / 1e15
-        true = [guidance, denoising, whole[-1], whole[-1] / unit, hooked, hooked / unit]
+        true = [guidance, denoising, *(x for total in (whole[-1], hooked, recomputed) for x in (total, total / unit))]
         cells = [float(text) for text in list(tables["run, PFLOP", row].values())[1:]]
         assert cells == pytest.approx([x / 1e15 for x in true], rel=0.006), row
     stored, recomputed, offloaded = peaks["gradient"]

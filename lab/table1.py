@@ -43,7 +43,22 @@ ROWS = {  # name -> changes to the settings of the command line
     "preset ditflow": "preset=ditflow",
     "no transfer": "no_transfer",
 }
-TOY_ROWS = ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer")
+PAPER = "steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10, lr=0.003 0.002, tau=1, lambda_window=1"
+ABLATION = {  # of the toy, the README's
+    "the paper's numbers, matched": PAPER + ", ref_noise=match",
+    "the paper's numbers, clean": PAPER + ", ref_noise=0",
+    "un-accelerated": "interval=1, window=none",
+    **{changes: changes for changes in (
+        "no_transfer", "ref_noise=match", "ref_noise=0.3", "window=none", "center=argmax", "lambda_window=0",
+        "lambda_window=1", "tau=1", "tau=10", "span=2", "span=8", "guided_fraction=0.2", "shift=3", "block=3",
+        "block=4", "block=6", "inner_steps=5", "inner_steps=30", "lr=0.003 0.002", "lr=0.012 0.008", "interval=1",
+        "interval=5", "interval=10", "interval=15", "velocity_interval=3", "interval=15, velocity_interval=3",
+        "inner_steps=5, interval=5", "inner_steps=30, interval=30", "lr=0.003 0.002, interval=15",
+        "lr=0.012 0.008, interval=15", "guided_fraction=0.2, interval=15",
+    )},
+}  # fmt: skip
+ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
+            "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Arguments that neither decide a result nor its time, or that stand beside the settings in a result's key.
 OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "plain", "decode", "rows", "clips",
@@ -65,9 +80,9 @@ def row_flags(changes):
 def make_rows(argv, args, blocks):
     """{name: arguments} of the rows that are asked for, the full method first, none twice."""
     block_rows = {f"block {n}": f"block={n}" for n in range(1, blocks + 1)}
-    known, rows, hashes = ROWS | block_rows, {}, set()
-    wanted = args.rows or (TOY_ROWS if args.model == "toy" else [*ROWS])
-    for name in ["full method", *(name for row in wanted for name in (block_rows if row == "blocks" else [row]))]:
+    known, rows, hashes = ROWS | block_rows | ABLATION, {}, set()
+    wanted, sets = args.rows or ["toy" if args.model == "toy" else "all"], ROW_SETS | {"blocks": block_rows}
+    for name in ["full method", *(name for row in wanted for name in sets.get(row, [row]))]:
         row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
         changed = [key for key in SHARED | OTHERS - {"config"} if vars(row)[key] != vars(args)[key]]
         if changed:
@@ -291,8 +306,8 @@ def parse_arguments(argv):
     add("--prompts", type=Path, help="file of prompts, one a line, instead of --prompt; each is tried on every clip")
     add("--clips", type=int, default=4, help="how many clips of the toy's world")
     names = ", ".join(map(repr, ROWS))
-    add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, 'blocks' (each block), or changes "
-        "of settings such as 'interval=10, tau=2'")  # fmt: skip
+    add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
+        "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README)")  # fmt: skip
     add("--keep-videos", action="store_true", help="write each result's video to OUT")
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
     add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, and the FLOPs of "
