@@ -4,7 +4,7 @@
 Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2), whose equation, section and
 appendix numbers stand below, in its order. The method needs torch and einops only: copy what you need. Under it stands
 the run that uses it. Shapes in comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame
-pairs, N tiles (the paper's P), T tokens a tile, M window tokens. Positions and flows are (row, column) in tokens.
+pairs, N tiles (eq. 7's P), T tokens a tile, M window tokens. Positions and flows are (row, column) in tokens.
 """
 
 import math
@@ -27,7 +27,7 @@ def setting(default, text):
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """The method's numbers; the defaults are the paper's. Each field is also a command line flag."""
+    """The method's numbers; the defaults are the paper's, or one of two that it names. Each is also a flag."""
 
     block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
     tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
@@ -43,7 +43,9 @@ class MotionConfig:
     inner_steps: int = setting(10, "optimizer steps J in a guided step (Sec. 4.1)")
     interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
     lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
-    ref_noise: float | str = setting(0.0, "noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (Alg. 1)")
+    ref_noise: float | str = setting(
+        0.0, "noise level of the reference: 0 (Sec. 3.2), or 'match' the step's (Sec. 4.1)"
+    )
 
     def __post_init__(self):
         counts = self.block, *self.tile, self.span, self.inner_steps, self.interval
@@ -105,7 +107,7 @@ def window_centers(queries, keys, *, tau=1.0, center="soft"):
     *_, W, D = keys.shape
     logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)
     if center == "argmax":
-        return row_column(logits.argmax(-1), W)  # eq. 4
+        return row_column(logits.argmax(-1), W)  # eq. 4's P_block + displacement is the best key's own place
     positions = row_column(torch.arange(logits.shape[-1], device=keys.device), W).to(logits.dtype)  # (S, 2)
     return ((logits * (tau / D**0.5)).softmax(-1) @ positions).round().long()
 
@@ -278,8 +280,8 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, velocity_int
 
     dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
     (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
-    latents or None. velocity_interval: every such unguided step computes a velocity, the next reuse it: one long Euler
-    step. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
+    latents or None. velocity_interval: every such unguided step computes a velocity, those between reuse it: one
+    long Euler step. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
@@ -424,7 +426,7 @@ def write_video(path, video, fps, comment=""):
 
 
 def flow_agreement(flow_ref, flow_gen, moving=0.5):
-    """Cosine and end-point error in tokens of two flows (P, H, W, 2), where the reference moves by over `moving`."""
+    """Cosine and error in tokens of flows (P, H, W, 2), where the reference moves by over `moving` (NaN: nowhere)."""
     ref, gen = (flow[flow_ref.norm(dim=-1) > moving] for flow in (flow_ref, flow_gen))
     return F.cosine_similarity(ref, gen, dim=-1).mean().item(), (ref - gen).norm(dim=-1).mean().item()
 
@@ -483,12 +485,12 @@ def build_parser():
 
     parser = Parser(prog="fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description="Give a video of the prompt the motion of a reference video.")  # fmt: skip
-    add = parser.add_argument
+    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("--ref", help="reference: a video, a folder of pictures, or 'demo' for a made-up clip")
     add("--prompt", help="what the new video shows")
     add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
     add("--compare", type=Path, help="also write this mp4: reference and result side by side, the motion of each below")
-    add("--plain", action="store_true", help="show plain generation in --compare too, at the cost of its own steps")
+    add("--plain", **switch, help="show plain generation in --compare too, at the cost of its own steps")
     add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
     add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
     add("--preset", choices=PRESETS, help="settings to compare with: the paper's, its release's, DiTFlow's")
@@ -505,12 +507,12 @@ def build_parser():
     add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
     add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
     add("--offload", action="store_true", help="keep the blocks' weights in host memory and stream them to the device")
-    add("--vae-tiles", action="store_true", help="encode and decode in tiles of 30x52 latents always (Sec. 4.1)")
+    add("--vae-tiles", **switch, help="encode and decode in tiles of 30x52 latents always (Sec. 4.1)")
     add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
     add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
     add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", type=int, default=1, help="compute every so-many-th unguided velocity, reuse it between")
+    add("--velocity-interval", type=int, default=1, help="unguided steps that share one velocity, as one longer step")
     add("--strength", type=float, default=1.0, help="below 1, start from the noised reference (authors' code: 0.75)")
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
@@ -541,6 +543,8 @@ def parse_arguments(argv, parser=None):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    if args.block > model.blocks:
+        raise UserError(f"--block {args.block} is outside the model's 1 to {model.blocks}")
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
     config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     return args, config, model
@@ -552,8 +556,6 @@ def check_arguments(args, config, model, kept):
         raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
     if args.compile and args.offload:
         raise UserError("--compile and --offload exclude each other")
-    if config.block > model.blocks:
-        raise UserError(f"--block {config.block} is outside the model's 1 to {model.blocks}")
     outputs = [path for path in (args.out, args.compare) if path]
     distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
     if len(distinct) < 1 + len(outputs) or any(path.suffix.lower() != ".mp4" for path in outputs):
@@ -587,7 +589,7 @@ def generate(args, config, dit, noise, contexts, reference):
                               velocity_interval=args.velocity_interval, null=contexts[2], config=config,
                               checkpoint=checkpoint, callback=callback)  # fmt: skip
             except RuntimeError as error:
-                if checkpoint or args.checkpoint == "off" or not wan_min.out_of_memory(error):
+                if checkpoint or args.checkpoint == "off" or reference is None or not wan_min.out_of_memory(error):
                     raise
             print("out of memory: again with --checkpoint on", flush=True)  # here the failed try's tensors are free
 
@@ -595,7 +597,7 @@ def generate(args, config, dit, noise, contexts, reference):
 @torch.no_grad()
 def run(args, config, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
-    kept = args.decode or args.out.with_suffix(".latents.safetensors")
+    kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, config, model, kept)
     saved, fps = load_file(kept) if args.decode else {}, args.fps or model.fps
     progress = partial(tqdm, leave=False, disable=None)
@@ -615,12 +617,12 @@ def run(args, config, model):
     codec = model.load_codec(args.vae_tiles)
     reference = codec.encode(video.to(args.device), progress=progress)
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
+    if saved and saved.get("result", noise[0]).shape != noise.shape:
+        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
     print("loading the DiT", flush=True)
     dit = model.load_dit(progress)
     for n in range(model.blocks if args.compile else 0):
         dit.blocks[n].compile()
-    if saved and saved.get("result", noise[0]).shape != noise.shape:
-        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
     results = {name: x.to(args.device) for name, x in saved.items()}
     if not results:
         if args.plain and args.compare and not args.no_transfer:
@@ -629,12 +631,12 @@ def run(args, config, model):
         save_file({name: x.cpu() for name, x in results.items()}, partial_path(kept))
         partial_path(kept).replace(kept)  # a file that is there is whole
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
-    flows, entropies = {}, {}
-    for name, x in {"reference": reference, **results}.items():
-        inputs = dit, match_noise(x, noise, MEASURE_SIGMA), MEASURE_SIGMA, contexts[2], config
-        (flows[name], _), (entropies[name], _) = motion_features(*inputs), motion_features(*inputs, entropy=True)
+    features = partial(motion_features, dit, sigma=MEASURE_SIGMA, context=contexts[2], config=config)
+    measured = {name: match_noise(x, noise, MEASURE_SIGMA) for name, x in [("reference", reference), *results.items()]}
+    flows = {name: features(x)[0] for name, x in measured.items()}
+    entropy = 100 * features(measured["reference"], entropy=True)[0].mean()
     offset_1 = noise.shape[2] // dit.patch_size[0] - 1  # pairs of neighbouring frames, which come first
-    del dit, inputs  # the decoder needs the memory
+    del dit, features  # the decoder needs the memory
     clips = {"reference": video, **{name: codec.decode(x, progress=progress) for name, x in results.items()}}
     write_video(args.out, clips["result"], fps, record)
     if args.compare:
@@ -643,7 +645,6 @@ def run(args, config, model):
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     cosine, error = flow_agreement(flows["reference"], flows["result"])
     print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
-    entropy = 100 * entropies["reference"].mean()
     print(f"entropy of the reference's attention over its windows: {entropy:.0f} % of uniform")
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")

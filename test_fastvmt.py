@@ -2726,10 +2726,14 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     matched, _ = table1.parse_arguments([*args, "--ref-noise", "match"])
     assert cost.run_counts(matched)["reference pass"] == 3
     flops, peaks = counted = cost.count(parsed, model)
-    monkeypatch.setattr(cost, "count", lambda args, model: counted)
+    blocks = []
+    monkeypatch.setattr(cost, "count", lambda args, model: blocks.append(args.config.block) or counted)
     code, out, err = run_table(capsys, *args, "--dry-run", "--rows", "ref_noise=match, interval=1",
-                               "no_transfer, velocity_interval=3")  # fmt: skip
+                               "no_transfer, velocity_interval=3", "block=2")  # fmt: skip
     assert code == 0 and not err, err
+    assert blocks == [3, 2]  # what differs in what it computes is counted anew
+    parsed.frames = 8
+    assert [shape[2] for shape in cost.latent_shape(parsed, model)] == [5, 2]
     tables = read_table(out)
     table = {row: list(cells.values()) for (title, row), cells in tables.items() if not title}
     assert [cells[1] for cells in table.values()] == ["1", "1", "12", "12", "10", "1"]

@@ -50,7 +50,7 @@ def peak_memory(device, reset=False):
 
 
 def count_passes(dit):
-    """A Counter of the DiT's seconds in velocities, block forwards (not recomputed ones) and block backwards."""
+    """A Counter: the DiT's seconds in velocities, its block forwards (recomputed ones not), its block backwards."""
     counts = Counter()
 
     def passed(block, inputs, out):
@@ -164,8 +164,8 @@ def run_counts(args):
 
 def latent_shape(args, model):
     """Shapes of a run's video and latents."""
-    height, width = args.size or model.canvases[0]
-    return (1, 3, args.frames, height, width), (1, 16, (args.frames - 1) // 4 + 1, height // 8, width // 8)
+    (height, width), frames = args.size or model.canvases[0], (args.frames - 1) // 4 * 4 + 1
+    return (1, 3, frames, height, width), (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
 
 
 @torch.no_grad()
@@ -203,9 +203,16 @@ def count(args, model):
 def dry_run(args, model, rows):
     """Markdown lines of FLOPs and memory of a run of this size, weights included; nothing is computed.
 
-    rows: {name: arguments} of runs that differ in how often they do what, not in what they do.
+    rows: {name: arguments} of runs, whose FLOPs follow.
     """
-    flops, peaks = count(args, model)
+    counted = {}
+
+    def count_once(row):
+        reading = row.config.block, row.config.span, row.config.tile, row.config.window  # what decides a pass's FLOPs
+        counted[reading] = counted.get(reading) or count(row, model)
+        return counted[reading]
+
+    flops, peaks = count_once(args)
     counts = run_counts(args)
     yield "| | times | TFLOP | recomputing | GiB, all stored | recomputing | and --offload |"
     yield "|---" + "|--:" * 6 + "|"
@@ -215,13 +222,13 @@ def dry_run(args, model, rows):
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
     # What an implementation pays whose guidance reads Q and K with a hook and lets the DiT run to its end, and what one
     # pays, as the authors' release, that recomputes whole blocks as well.
-    rest = flops["velocity"][0] - flops["reference pass"][0]
-    again = flops["gradient"][2] - flops["gradient"][0]
     yield "\n| run, PFLOP | guidance | denoising | all | share | whole passes | their share | recomputed | its share |"
     yield "|---" + "|--:" * 8 + "|"
     first = None
     for name, row in rows.items():
-        counts = run_counts(row)
+        (flops, _), counts = count_once(row), run_counts(row)
+        rest = flops["velocity"][0] - flops["reference pass"][0]
+        again = flops["gradient"][2] - flops["gradient"][0]
         cost = {phase: counts[phase] * flops[phase][0] / 1e15 for phase in counts}
         guidance, denoising = cost["reference pass"] + cost["gradient"], cost["velocity"]
         whole = guidance + denoising + cost["encode"] + cost["decode"]
