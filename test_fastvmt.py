@@ -2270,7 +2270,7 @@ def test_toy_codec_and_words():
 
 
 def test_toy_training_lowers_the_loss(tmp_path, capsys):
-    stages = (40, 1, (5, 24, 36), 0.7, 1.0, 1.0), (10, 1, (9, 48, 66), 0.0, 0.5, 0.0)
+    stages = (40, 1, (5, 24, 36), 0.8, 0.7, 1.0, 1.0), (10, 1, (9, 48, 66), 0.8, 0.0, 0.5, 0.0)
     train.train(tmp_path / "w.safetensors", stages, log=10)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 5 and losses[3] < 0.95 * losses[0] and losses[4] < losses[1], losses
@@ -2278,6 +2278,8 @@ def test_toy_training_lowers_the_loss(tmp_path, capsys):
 
     weights, shipped = (load_file(path) for path in (tmp_path / "w.safetensors", HERE / "lab/weights.safetensors"))
     assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
+    train.train(tmp_path / "on.safetensors", [(1, 1, (1, 24, 36), 0.8, 0.0, 0.0, 0.0)], tmp_path / "w.safetensors")
+    assert all(torch.equal(x, weights[name]) for name, x in load_file(tmp_path / "on.safetensors").items())
     assert {v.dtype for v in shipped.values()} == {torch.bfloat16}
     assert (HERE / "lab/weights.safetensors").stat().st_size < 8e6
     assert not shipped["patch_embedding.weight"][:, 12:].any()  # the empty channels are neither read ...

@@ -3,7 +3,7 @@
 
     python -m lab.train --compile
 
-writes lab/weights.safetensors after an hour on two CPU cores.
+writes lab/weights.safetensors after two hours on two CPU cores. The last stage alone goes on from --start.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lab import toy
 
@@ -63,8 +63,8 @@ def token_matches(scene, part):
 def matching_loss(q, k, matches):
     """Cross-entropy of attention with the true matches (B, F, S, F, S), of q and k (B, F·S, heads, D): scalar.
 
-    It is what a big video model learns from its data. The attention is what the AMF reads: of the heads' means, over
-    one frame at a time.
+    It stands for what we assume that a big video model learns from its data. The attention is what the AMF reads: of
+    the heads' means, over one frame at a time.
     """
     q, k = (x.mean(2).unflatten(1, matches.shape[1:3]) for x in (q, k))
     attention = torch.einsum("bfqd,bgkd->bfqgk", q, k) / q.shape[-1] ** 0.5
@@ -103,18 +103,20 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(u, alpha=group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
 
-STAGES = (  # steps, clips a step, (frames, rows, columns) of the clips, jitter, learning rates' shares at start and end
-    (3000, 12, (1, *toy.SIZE), 0.0, 1.0, 1.0),  # frames alone teach the words in many cheap steps
-    (4000, 4, (3, *toy.SIZE), 0.7, 1.0, 1.0),  # short clips, the textures and the matches
-    (9500, 2, (toy.FRAMES, *toy.SIZE), 0.0, 0.7, 0.0),
+STAGES = (  # steps, clips a step, their (frames, rows, columns), noise, jitter, learning rates' shares at start and end
+    (3000, 12, (1, *toy.SIZE), 0.8, 0.0, 1.0, 1.0),  # frames alone teach the words in many cheap steps
+    (4000, 4, (3, *toy.SIZE), 0.8, 0.7, 1.0, 1.0),  # short clips, the textures and the matches
+    (9500, 2, (toy.FRAMES, *toy.SIZE), 0.8, 0.0, 0.7, 0.0),
+    (9000, 2, (toy.FRAMES, *toy.SIZE), 1.6, 0.0, 0.5, 0.0),  # more noise, where sprites find their places
 )
 
 
-def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100, compile=False):
+def train(out, stages=STAGES, start=None, seed=0, rates=(2e-3, 0.02), log=100, compile=False):
     """Flow matching on clips made on the fly, and matching_loss; saves the weights' moving average as bf16 to `out`.
 
-    rates: learning rates of AdamW and, for the matrices of the blocks, Muon. A stage's jitter is the spread of the
-    noise level's logit over a clip's frames: cleaner frames help to find the content of noisier ones.
+    start: a file of weights to go on from. rates: learning rates of AdamW and, for the matrices of the blocks, Muon.
+    A stage's noise is the mean logit of its noise levels, its jitter their spread over a clip's frames: cleaner frames
+    help to find the content of noisier ones.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -123,18 +125,20 @@ def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100, compile=False
         dit.patch_embedding.weight[:, 12:] = 0
         for p in (dit.head.head.weight, dit.head.head.bias):
             p.unflatten(0, (-1, 16))[:, 12:] = 0
+    if start is not None:
+        dit.load_state_dict({name: p.float() for name, p in load_file(start).items()})
     matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
     others = [p for p in dit.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01), Muon(matrices)
     average = torch.optim.swa_utils.AveragedModel(dit, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     for block in dit.blocks if compile else ():
         block.compile()
-    start, total, done, steps = time.perf_counter(), torch.zeros(2), 0, sum(stage[0] for stage in stages)
-    for length, batch, shape, jitter, first, last in stages:
+    begun, total, done, steps = time.perf_counter(), torch.zeros(2), 0, sum(stage[0] for stage in stages)
+    for length, batch, shape, noise_level, jitter, first, last in stages:
         for step in range(length):
             clean, context, matches = draw_batch(batch, generator, shape)
             noise = F.pad(torch.randn(clean[:, :12].shape, generator=generator), (0, 0) * 3 + (0, 4))
-            logit = 0.8 + 1.2 * torch.randn(batch, 1, generator=generator)  # a video shows through much noise
+            logit = noise_level + 1.2 * torch.randn(batch, 1, generator=generator)  # a video shows through much noise
             logits = logit + jitter * torch.randn(batch, shape[0], generator=generator)
             sigma = logits.sigmoid()[:, None, :, None, None]
             found, (q, k) = dit.clean_and_qk(torch.lerp(clean, noise, sigma), 1000 * logit[:, 0].sigmoid(), context)
@@ -151,7 +155,7 @@ def train(out, stages=STAGES, seed=0, rates=(2e-3, 0.02), log=100, compile=False
             average.update_parameters(dit)
             total, done = total + torch.stack([error, match]).detach(), done + 1
             if done % log == 0:
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - begun
                 losses = "loss {:.4f}, matching {:.3f}".format(*(total / log).tolist())
                 print(f"step {done} of {steps}: {losses}, {seconds:.0f} s", flush=True)
                 total = torch.zeros(2)
@@ -163,5 +167,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="lab/weights.safetensors", type=Path)
     parser.add_argument("--compile", action="store_true", help="a quarter faster; needs a C++ compiler")
+    parser.add_argument("--start", type=Path, help="the last stage alone, from these weights")
     args = parser.parse_args()
-    train(args.out, compile=args.compile)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    last = dict(stages=STAGES[-1:], start=args.start, seed=1) if args.start else {}
+    train(args.out, compile=args.compile, **last)
