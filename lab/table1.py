@@ -43,10 +43,11 @@ ROWS = {  # name -> changes to the settings of the command line
     "preset ditflow": "preset=ditflow",
     "no transfer": "no_transfer",
 }
-PAPER = "steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10, lr=0.003 0.002, tau=1, lambda_window=1"
+PAPER = ("steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10, interval=3, lr=0.003 0.002, tau=1, "
+         "lambda_window=1, ref_noise=")  # fmt: skip
 ABLATION = {  # of the toy, the README's
-    "the paper's numbers, matched": PAPER + ", ref_noise=match",
-    "the paper's numbers, clean": PAPER + ", ref_noise=0",
+    "the paper's numbers, matched": PAPER + "match",
+    "the paper's numbers, clean": PAPER + "0",
     "un-accelerated": "interval=1, window=none",
     **{changes: changes for changes in (
         "no_transfer", "ref_noise=match", "ref_noise=0.3", "window=none", "center=argmax", "lambda_window=0",
