@@ -139,7 +139,7 @@ def window_flow(queries, K, pairs, windows, tokens, tau, entropy=False):
     (i, j), (_, H, W, D) = pairs, K.shape
     # F.embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
     keys = F.embedding(j[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
-    # Not "p n t m": the gradient of the keys then comes out in their own memory order.
+    # m before t, so that the gradient of the keys comes out in their own memory order.
     attention = (einsum(keys, queries[i], "p n m d, p n t d -> p n m t") * (tau / D**0.5)).softmax(-2)
     if entropy:
         return torch.special.entr(attention).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
@@ -200,7 +200,7 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
     """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7, App. B.4).
 
-    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's norm, not B.4's.
+    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
     """
     by_offset = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])
     loss = key_mean.new_zeros(())
