@@ -52,9 +52,9 @@ ABLATION = {  # of the toy, the README's
     **{changes: changes for changes in (
         "no_transfer", "ref_noise=match", "ref_noise=0.3", "window=none", "center=argmax", "lambda_window=0",
         "lambda_window=1", "tau=1", "span=8", "guided_fraction=0.2", "shift=3", "block=4", "block=6", "inner_steps=10",
-        "lr=0.003 0.002", "lr=0.012 0.01", "interval=1", "interval=3", "interval=10", "interval=25",
-        "velocity_interval=3", "interval=25, velocity_interval=3", "inner_steps=10, interval=10",
-        "lr=0.003 0.002, interval=25", "guided_fraction=0.2, interval=25",
+        "lr=0.003 0.002", "lr=0.012 0.01", "interval=1", "interval=2", "interval=10", "interval=20",
+        "velocity_interval=3", "interval=20, velocity_interval=3", "inner_steps=10, interval=10",
+        "lr=0.003 0.002, interval=20", "guided_fraction=0.2, interval=20",
     )},
 }  # fmt: skip
 ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
