@@ -43,9 +43,7 @@ class MotionConfig:
     inner_steps: int = setting(10, "optimizer steps J in a guided step (Sec. 4.1)")
     interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
     lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
-    ref_noise: float | str = setting(
-        0.0, "noise level of the reference: 0 (Sec. 3.2), or 'match' the step's (Sec. 4.1)"
-    )
+    ref_noise: float | str = setting(0.0, "noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)")
 
     def __post_init__(self):
         counts = self.block, *self.tile, self.span, self.inner_steps, self.interval
