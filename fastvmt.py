@@ -548,7 +548,7 @@ def parse_arguments(argv, parser=None):
     return args, config, model
 
 
-def check_arguments(args, config, model, kept):
+def check_arguments(args, kept):
     """UserError or OSError for what can be told to be wrong before anything is read or loaded."""
     if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
         raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
@@ -596,7 +596,7 @@ def generate(args, config, dit, noise, contexts, reference):
 def run(args, config, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
-    check_arguments(args, config, model, kept)
+    check_arguments(args, kept)
     saved, fps = load_file(kept) if args.decode else {}, args.fps or model.fps
     progress = partial(tqdm, leave=False, disable=None)
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases

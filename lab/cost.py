@@ -164,8 +164,8 @@ def run_counts(args):
 
 def latent_shape(args, model):
     """Shapes of a run's video and latents."""
-    (height, width), frames = args.size or model.canvases[0], (args.frames - 1) // 4 * 4 + 1
-    return (1, 3, frames, height, width), (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+    (height, width), frames = args.size or model.canvases[0], (args.frames - 1) // 4 + 1
+    return (1, 3, 4 * frames - 3, height, width), (1, 16, frames, height // 8, width // 8)
 
 
 @torch.no_grad()

@@ -126,7 +126,7 @@ def train(out, stages=STAGES, start=None, seed=0, rates=(2e-3, 0.02), log=100, c
         for p in (dit.head.head.weight, dit.head.head.bias):
             p.unflatten(0, (-1, 16))[:, 12:] = 0
     if start is not None:
-        dit.load_state_dict({name: p.float() for name, p in load_file(start).items()})
+        dit.load_state_dict(load_file(start))
     matrices = [p for p in dit.blocks.parameters() if p.ndim == 2]
     others = [p for p in dit.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01), Muon(matrices)
