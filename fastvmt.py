@@ -140,7 +140,7 @@ def window_flow(queries, K, pairs, windows, tokens, tau, entropy=False):
     # m before t, so that the gradient of the keys comes out in their own memory order.
     attention = (einsum(keys, queries[i], "p n m d, p n t d -> p n m t") * (tau / D**0.5)).softmax(-2)
     if entropy:
-        return torch.special.entr(attention).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
+        return -(attention * attention.clamp(min=1e-30).log()).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
     # Positions are absolute: window-relative ones would lose the motion of the window itself.
     positions = row_column(windows, W).to(attention.dtype)  # (P, N, M, 2)
     return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens
@@ -198,7 +198,8 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
     """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7, App. B.4).
 
-    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
+    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4), so that it is 0 at a span below 3.
+    squared: eq. 7's, else B.4's norm.
     """
     by_offset = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])
     loss = key_mean.new_zeros(())
@@ -278,18 +279,19 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, velocity_int
 
     dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
     (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
-    latents or None. velocity_interval: every such unguided step computes a velocity, those between reuse it: one
-    long Euler step. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
+    latents or None. velocity_interval: after the guided steps, or without a reference as many, only every such step
+    computes a velocity, which the next ones reuse. checkpoint: see DiT.qk. callback follows each step, with guide's
+    losses or None. Returns latents.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
-    sigmas, x, guided = sigmas.tolist(), noise.float(), 0
+    sigmas, x, guided = sigmas.tolist(), noise.float(), guided_steps(len(sigmas) - 1, config)
     if reference is not None:
-        noise, reference, guided = x, reference.float(), guided_steps(len(sigmas) - 1, config)
+        noise, reference = x, reference.float()
         x = match_noise(reference, noise, sigmas[0])
     for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
         losses = None
-        if step < guided:
+        if step < guided and reference is not None:
             if step == 0 or config.ref_noise == "match":
                 level = sigma if config.ref_noise == "match" else config.ref_noise
                 flow_ref, _ = motion_features(dit, match_noise(reference, noise, level), level, null, config)
@@ -454,7 +456,7 @@ def compare_video(clips, flows):
 
 PRESETS = {  # settings that people compare; what a setting cannot say is in the README
     "paper": {"ref_noise": "match", "strength": 1.0, "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
-    # The authors' example; its L_AMF sums over 1560 tokens, so that its window loss weighs 1/1560.
+    # The authors' example; its L_AMF sums over the 1560 tokens of 480x832, so that its window loss weighs 1/1560.
     "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "lambda_window": 1 / 1560, "lr": (0.003, 0.0021),
                 "fps": 15.0},
     # DiTFlow (arXiv 2412.07776) and its code's guidance_config.yaml.
@@ -510,7 +512,7 @@ def build_parser():
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
     add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
     add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", type=int, default=1, help="unguided steps that share one velocity, as one longer step")
+    add("--velocity-interval", type=int, default=1, help="steps after the guided ones that share one velocity")
     add("--strength", type=float, default=1.0, help="below 1, start from the noised reference (authors' code: 0.75)")
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
@@ -642,7 +644,7 @@ def run(args, config, model):
     kept.unlink()
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
     cosine, error = flow_agreement(flows["reference"], flows["result"])
-    print(f"flow of the result against the reference, where that moves: cosine {cosine:.3f}, error {error:.2f} tokens")
+    print(f"flow of the result where the reference moves (nan: nowhere): cosine {cosine:.3f}, error {error:.2f} tokens")
     print(f"entropy of the reference's attention over its windows: {entropy:.0f} % of uniform")
     for name, clip in clips.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")

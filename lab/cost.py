@@ -153,10 +153,11 @@ def dit_phases(dit, noise, context, config, checkpoint):
 def run_counts(args):
     """How often a run does each of the phases."""
     config = args.config
-    guided = 0 if args.no_transfer else fastvmt.guided_steps(args.steps, config)
+    first = fastvmt.guided_steps(args.steps, config)
+    guided = 0 if args.no_transfer else first
     gradients = guided * math.ceil(config.inner_steps / config.interval)
     references = guided if config.ref_noise == "match" else min(guided, 1)
-    velocities = guided + math.ceil((args.steps - guided) / args.velocity_interval)
+    velocities = first + math.ceil((args.steps - first) / args.velocity_interval)
     velocities *= 1 if args.cfg_scale == 1 else 2
     return {"encode": 1, "reference pass": references, "gradient": gradients, "of it AMF, losses, optimizer": gradients,
             "velocity": velocities, "decode": 1}  # fmt: skip
@@ -217,7 +218,7 @@ def dry_run(args, model, rows):
     yield "| | times | TFLOP | recomputing | GiB, all stored | recomputing | and --offload |"
     yield "|---" + "|--:" * 6 + "|"
     for name, times in counts.items():
-        tera, giga = [f"{x / 1e12:.1f}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
+        tera, giga = [f"{x / 1e12:.4g}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
         tera, giga = tera + tera[:1] * (3 - len(tera)), giga + giga[:1] * (3 - len(giga))
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
     # What an implementation pays whose guidance reads Q and K with a hook and lets the DiT run to its end, and what one

@@ -89,10 +89,11 @@ def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
     video, scene, prompt = toy.held_out(seed, camera, camera == "still")
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
-    sample = partial(fastvmt.sample, dit, noise, cfg_scale=args.cfg_scale, velocity_interval=args.velocity_interval)
+    options = {"cfg_scale": args.cfg_scale, "velocity_interval": args.velocity_interval, "config": config}
+    sample = partial(fastvmt.sample, dit, noise, **options)
     plain = sample(wan_min.flow_sigmas(args.steps, args.shift), context, negative)
-    guided = sample(wan_min.flow_sigmas(args.steps, args.shift, args.strength), context, negative, reference=reference,
-                    null=null, config=config)  # fmt: skip
+    sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)
+    guided = sample(sigmas, context, negative, reference=reference, null=null)
     return video, scene, prompt, [toy.decode(result)[0] for result in (plain, guided)]
 
 
@@ -144,7 +145,7 @@ def true_flow(scene, i, j):
 def readings(dit, config, clips, first):
     """Markdown lines: end-point error in tokens of references' AMF, without any sampling, by how it is read.
 
-    Mean ± standard error over clips; in brackets the paired difference to the toy's settings.
+    Mean ± standard error over clips; in brackets the paired difference to the toy's settings, of "τ 1, …" to "τ 1".
     """
     kinds = {"pan": "pan", "look-alikes": None, "rotation": "rotation", "sprite": "still"}
     yield f"| | {' | '.join(kinds)} |\n|---" + "|--:" * len(kinds) + "|"
@@ -165,12 +166,10 @@ def readings(dit, config, clips, first):
     for name, row in errors.items():
         cells = []
         for kind, values in row.items():
-            x, base = torch.stack(values), torch.stack(errors["the toy's settings"][kind])
-            mean, (change, error) = (
-                f"{x.mean():.3f} ± {x.std() / clips**0.5:.3f}",
-                ((x - base).mean(), (x - base).std()),
-            )
-            cells.append(mean if x is base or change == 0 else f"{mean} ({change:+.3f} ± {error / clips**0.5:.3f})")
+            base = errors.get(name.rpartition(", ")[0], errors["the toy's settings"])[kind]
+            x, change = torch.stack(values), torch.stack(values) - torch.stack(base)
+            mean, paired = (f"{d.mean():.3f} ± {d.std() / clips**0.5:.3f}" for d in (x, change))
+            cells.append(mean if values is base else f"{mean} ({paired})")
         yield f"| {name} | {' | '.join(cells)} |"
 
 
@@ -187,7 +186,8 @@ def figure(dit, args, config, path, seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="How well the method moves the toy. Other flags are fastvmt's.")
+    text = "How well the method moves the toy, on the CPU. Settings of the method and of sampling: fastvmt's flags."
+    parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--clips", type=int, default=16, help="of each kind of motion")
     parser.add_argument("--first", type=int, default=93000, help="seed of the first clip")
     parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")

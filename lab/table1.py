@@ -8,6 +8,7 @@ python -m lab.table1 --model 14B --dry-run                    # FLOPs and memory
 python -m lab.table1 --model 1.3B --random-weights --bench    # its seconds and memory, on yours
 
 Each result is a line of OUT/results.jsonl as soon as it is known. A run that was killed goes on where it stopped.
+Clips are read and the VAE tiles as the command line says, in all rows: a preset's fps and tiles count for none.
 """
 
 import argparse
@@ -56,7 +57,7 @@ ABLATION = (  # of the toy, the README's
 ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
             "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
-# Arguments that neither decide a result nor its time, or that stand beside the settings in a result's key.
+# Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
 OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "plain", "decode", "rows", "clips",
           "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
@@ -211,7 +212,7 @@ def compute(rows, clips, args, model):
     prompts = [prompt for clip in clips for prompt in clip.prompts]  # all, so that a resumed run's batch is the same
     prompts = list(dict.fromkeys(["", *(row.negative_prompt for row in rows.values()), *prompts]))
     contexts = dict(zip(prompts, model.encode_prompts(prompts).split(1)))
-    codec, dit = model.load_codec(), model.load_dit()
+    codec, dit = model.load_codec(args.vae_tiles), model.load_dit()
     for block in dit.blocks if args.compile else ():
         block.compile()
     real_weights = args.model not in ("toy", "tiny") and not args.random_weights
