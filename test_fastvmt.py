@@ -2584,6 +2584,14 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
         assert code == 2 and word in err and err.count("\n") == 1, err
 
 
+def test_the_table_tiles_the_vae_when_asked(tmp_path):
+    args, model = table1.parse_arguments([*map(str, TABLE), "--vae-tiles", "--out", str(tmp_path)])
+    asked, load = [], model.load_codec
+    model = model._replace(load_codec=lambda tiles=False: asked.append(tiles) or load(tiles))
+    table1.compute({"full method": args}, table1.make_clips(args, model), args, model)
+    assert asked == [True]
+
+
 def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\n")
