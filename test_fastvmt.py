@@ -2676,6 +2676,10 @@ def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
         error = toy.motion_error(written[0], scene)
         assert line["columns"]["motion error, px a frame"] == pytest.approx(error, abs=0.03)
     assert len({line["video"] for line in lines}) == len(lines)
+    parsed, model = table1.parse_arguments([*args, "block 2", "--look-alikes"])
+    video, scene, prompt = toy.held_out_lookalike(10009)
+    clip = table1.make_clips(parsed, model)[2]
+    assert clip[:3] == ("look-alikes 10009", 9, [prompt]) and clip.scene == scene and clip.video()[0].equal(video)
 
 
 def test_columns_of_real_videos(monkeypatch, capsys):

@@ -60,7 +60,7 @@ ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o s
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
 OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "plain", "decode", "rows", "clips",
-          "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
+          "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
 # ---- Rows and clips --------------------------------------------------------------------------------------------------
@@ -114,9 +114,11 @@ class Clip(NamedTuple):
 def make_clips(args, model):
     if args.model == "toy":
         clips = []
-        for n, camera in zip(range(args.clips), TOY_CAMERAS * args.clips):
+        cameras = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
+        for n, camera in zip(range(args.clips), cameras * args.clips):
             seed = args.seed + n
-            video, scene, prompt = toy.held_out(10000 + seed, camera, camera == "still")
+            video, scene, prompt = (toy.held_out_lookalike(10000 + seed) if args.look_alikes
+                                    else toy.held_out(10000 + seed, camera, camera == "still"))  # fmt: skip
             clips.append(Clip(f"{camera} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
         return clips
     lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
@@ -301,6 +303,7 @@ def parse_arguments(argv):
     add("--refs", nargs="+", help="reference clips, instead of --ref: videos, or folders of pictures")
     add("--prompts", type=Path, help="file of prompts, one a line, instead of --prompt; each is tried on every clip")
     add("--clips", type=int, default=4, help="how many clips of the toy's world")
+    add("--look-alikes", action="store_true", help="of those whose texture repeats beyond the window")
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
         "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README)")  # fmt: skip
