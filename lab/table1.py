@@ -49,11 +49,11 @@ PAPER = ("steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10,
 PAPER_ROWS = {"the paper's numbers, matched": PAPER + "match", "the paper's numbers, clean": PAPER + "0"}
 ABLATION = (  # of the toy, the README's
     "no transfer", *PAPER_ROWS, "matched reference", "ref_noise=0.3", "w/o spatial window", "argmax centre",
-    "w/o window loss", "lambda_window=1", "tau=1", "span=8", "guided_fraction=0.2", "shift=3", "cfg_scale=5.8",
-    "tile=3 4", "block=4", "block=6", "inner_steps=10", "lr=0.003 0.002", "lr=0.012 0.01", "w/o step-skip",
-    "interval=3", "interval=5", "interval=10", "interval=20", "w/o window and step-skip", "velocity_interval=3",
-    "interval=20, velocity_interval=3", "inner_steps=10, interval=10", "lr=0.003 0.002, interval=20",
-    "guided_fraction=0.2, interval=20",
+    "w/o window loss", "lambda_window=1", "tau=1", "span=8", "guided_fraction=0.2", "steps=50", "shift=3",
+    "cfg_scale=5.8", "tile=3 4", "block=1", "block=2", "block=3", "block=4", "block=6", "inner_steps=10",
+    "lr=0.003 0.002", "lr=0.012 0.01", "w/o step-skip", "interval=3", "interval=5", "interval=10", "interval=20",
+    "w/o window and step-skip", "velocity_interval=3", "interval=20, velocity_interval=3",
+    "inner_steps=10, interval=10", "lr=0.003 0.002, interval=20", "guided_fraction=0.2, interval=20",
 )  # fmt: skip
 ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
             "ablation": ABLATION}  # fmt: skip
