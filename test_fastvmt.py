@@ -158,8 +158,8 @@ def test_entropy_of_attention_in_shares_of_uniform():
 
     for window in (None, 2):
         close(entropy(window=window), torch.ones(2, 2, 4, 1), 1e-6)  # all keys are alike
-    K[..., 0], K[:, 1, 2, 0] = -1, 1
-    close(entropy(window=None), torch.zeros(2, 2, 4, 1), 1e-6)  # one key has all attention
+    K[..., 0], K[:, 1, 2, 0] = -9, 1
+    close(entropy(window=None), torch.zeros(2, 2, 4, 1), 1e-6)  # one key has all attention, the others 0
     K[:, 0, 3, 0] = 1
     close(entropy(window=None), torch.full((2, 2, 4, 1), math.log(2) / math.log(8)), 1e-6)  # two of eight
     close(entropy(window=2, center="argmax", tile=(2, 4))[0], torch.full((2, 4, 1), 0.5), 1e-6)  # two of four
