@@ -323,7 +323,7 @@ import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from tqdm import tqdm
 
 import wan_min
@@ -526,7 +526,13 @@ def build_parser():
 def parse_arguments(argv, parser=None):
     """The flags, the method's settings and the wan_min.Model; its defaults and a preset's yield to any flag."""
     parser = parser or build_parser()
-    args = parser.parse_args(argv)  # what is wrong is told before a model is looked for
+    args = parser.parse_args(argv)  # what is wrong in itself is told before a model is looked for
+    limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
+              "shift": (0.001, 1000), "strength": (0.001, 1), "velocity_interval": (1, 10**4)}  # fmt: skip
+    for name, (low, high) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -537,12 +543,6 @@ def parse_arguments(argv, parser=None):
                               random_weights=args.random_weights)  # fmt: skip
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
-    limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
-              "shift": (0.001, 1000), "strength": (0.001, 1), "velocity_interval": (1, 10**4)}  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
     if args.block > model.blocks:
         raise UserError(f"--block {args.block} is outside the model's 1 to {model.blocks}")
     values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
@@ -563,8 +563,8 @@ def check_arguments(args, kept):
     for path in (kept, *outputs):
         partial_path(path).touch()  # OSError where it cannot be written
         partial_path(path).unlink()
-        if os.path.isdir(path):
-            raise UserError(f"{path} is a folder")
+        if os.path.isdir(path) or path is kept and path.exists() and not args.decode:
+            raise UserError(f"{path} is a folder, or what a stopped run kept: --decode it, move it or delete it")
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
@@ -599,7 +599,7 @@ def run(args, config, model):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
-    saved, fps = load_file(kept) if args.decode else {}, args.fps or model.fps
+    saved, fps = load(kept.read_bytes()) if args.decode else {}, args.fps or model.fps
     progress = partial(tqdm, leave=False, disable=None)
     size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
     read = model.demo if args.ref == "demo" and model.demo else read_video

@@ -35,8 +35,8 @@ from torch.utils import checkpoint as recomputation
 
 def out_of_memory(error):
     """Whether an exception says, in one of many wordings, that the memory of the host or of a device is used up."""
-    texts = ("CUDA error: out of memory", "MPS backend out of memory", "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
-             "DefaultCPUAllocator", "not enough memory: you tried to allocate")  # fmt: skip
+    texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine",  # cuBLAS and cuDNN
+             "MPS backend out of memory", "Invalid buffer size", "not enough memory: ", "allocate memory")  # fmt: skip
     named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return named or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
@@ -213,8 +213,8 @@ class DiT(nn.Module):
 def offload_blocks(module, device):
     """Leave the weights of module.blocks in host memory and copy each block's to the device as it runs.
 
-    A thread copies those of the next block, in a backward pass of the one before, while one runs: two blocks' weights
-    at most are there. Where gradients are needed use checkpoint=True: a graph would keep all. Returns the module.
+    While it runs a thread copies those of the block that follows, in a backward pass of the one before: two blocks' at
+    most are there. Where gradients are needed use checkpoint=True: a graph would keep all. Returns the module.
     """
     stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
     pin = stream and isinstance(module, DiT)  # pinned memory is kept for good, and a text encoder runs once
@@ -228,12 +228,12 @@ def offload_blocks(module, device):
         nonlocal last, weights
         if stream:
             torch.cuda.current_stream(device).synchronize()  # so that the block before needs its weights no more
-        if n not in copies:
-            copies.clear()
-            copies[n] = thread.submit(fetch, n)
-        weights = copies.pop(n).result()
+        copied = copies.pop(n, None)
+        copies.clear()
+        weights = (copied or thread.submit(fetch, n)).result()
         following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
-        copies[following] = thread.submit(fetch, following)
+        if torch.device(device).type != "mps":  # where two threads at once kill the process (pytorch issue 197805)
+            copies[following] = thread.submit(fetch, following)
         return torch.func.functional_call(shell, weights, args, kwargs)
 
     for n, block in enumerate(module.blocks):
@@ -353,7 +353,7 @@ def blend_tiles(size, tile, stride, units, device=None):
 
     size, tile and stride are in latents; units are the pixels of a latent in input and output.
     """
-    tile, unit = min(tile, size), units[1]
+    tile, stride, unit = min(tile, size), min(stride, tile), units[1]
     starts = [min(start, size - tile) for start in range(0, size - tile + stride, stride)]  # the last is at the border
     position, ramp = (torch.arange(size * unit, device=device) + 0.5) / unit, max(tile - stride, 1)  # in latents
     weights = torch.ones(len(starts), size * unit, device=device)
@@ -606,7 +606,7 @@ def find_checkpoint(name):
     looks_local = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
     if os.path.isfile(name):
         raise unusable(name, [name, *(read(name, load_file) if name.endswith(".safetensors") else ())])
-    if repo not in REPOS.values() and looks_local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
+    if (repo not in REPOS.values() and looks_local) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
         raise ModelError(f"unknown model {name!r}: not a folder, repo id or one of toy, {', '.join(ARCHITECTURES)}")
     from huggingface_hub import list_repo_files, snapshot_download, utils
 
@@ -649,7 +649,7 @@ def read(path, reader):
     try:
         return reader(str(path))
     except Exception as error:  # each format has its own exceptions
-        damaged = ModelError(f"{path} is damaged ({shorten(str(error), 200)}); delete it and fetch it again")
+        damaged = ModelError(f"{path} is damaged ({shorten(str(error), 200)}) or cannot be mapped; fetch it again")
         raise error if out_of_memory(error) else damaged from None
 
 

@@ -174,7 +174,7 @@ def known_words(prompt):
     words, text = [], re.sub(r"(\w+)( and |/)(\w+)", r"\1-\3", prompt.lower())
     for word in re.findall(r"[\w-]+", text):
         palette = "-".join(sorted(word.split("-")))
-        words += [palette] if palette in PALETTES else word.split("-")
+        words += [palette] if palette in PALETTES else re.findall(r"\w+", word)
     known = list(dict.fromkeys(word for word in words if word in WORDS))[:WORDS_MAX]
     return known, [word for word in words if word not in (*WORDS, "a", "an", "and", "the", "of", "on", "with")]
 

@@ -160,7 +160,9 @@ def train(out, stages=STAGES, start=None, seed=0, rates=(2e-3, 0.02), log=100, c
                 print(f"step {done} of {steps}: {losses}, {seconds:.0f} s", flush=True)
                 total = torch.zeros(2)
             if done % 500 == 0 or done == steps:
-                save_file({name: p.bfloat16().contiguous() for name, p in average.module.state_dict().items()}, out)
+                weights = {name: p.bfloat16().contiguous() for name, p in average.module.state_dict().items()}
+                save_file(weights, f"{out}.part")
+    Path(f"{out}.part").replace(out)  # what was there stays until the training is over
 
 
 if __name__ == "__main__":
