@@ -87,10 +87,10 @@ def shows(video, prompt, classes):
 
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
-    video, scene, prompt = toy.held_out(seed, camera, camera == "still")
+    video, scene, prompt = toy.held_out_of_kind(seed, camera)
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
-    options = {"cfg_scale": args.cfg_scale, "velocity_interval": args.velocity_interval, "config": config}
-    sample = partial(fastvmt.sample, dit, noise, **options)
+    sample = partial(fastvmt.sample, dit, noise, cfg_scale=args.cfg_scale, velocity_interval=args.velocity_interval,
+                     config=config)  # fmt: skip
     plain = sample(wan_min.flow_sigmas(args.steps, args.shift), context, negative)
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)
     guided = sample(sigmas, context, negative, reference=reference, null=null)
@@ -147,14 +147,13 @@ def readings(dit, config, clips, first):
 
     Mean ± standard error over clips; in brackets the paired difference to the toy's settings, of "τ 1, …" to "τ 1".
     """
-    kinds = {"pan": "pan", "look-alikes": None, "rotation": "rotation", "sprite": "still"}
+    kinds = {"pan": "pan", "look-alikes": "look-alikes", "rotation": "rotation", "sprite": "still"}
     yield f"| | {' | '.join(kinds)} |\n|---" + "|--:" * len(kinds) + "|"
     errors = {name: {kind: [] for kind in kinds} for name in [*READINGS, "no flow at all"]}
     i, j = fastvmt.frame_pairs(toy.FRAMES, config.span)
-    for kind, camera in kinds.items():
+    for kind, moving in kinds.items():
         for seed in range(first, first + clips):
-            video, scene, prompt = (toy.held_out(seed, camera, camera == "still") if camera
-                                    else toy.held_out_lookalike(seed))  # fmt: skip
+            video, scene, prompt = toy.held_out_of_kind(seed, moving)
             noise, (_, _, null), reference = toy.prepare(video, prompt, seed)
             flow, seen = true_flow(scene, i, j)
             errors["no flow at all"][kind].append(flow[seen].norm(dim=-1).mean())

@@ -114,12 +114,11 @@ class Clip(NamedTuple):
 def make_clips(args, model):
     if args.model == "toy":
         clips = []
-        cameras = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
-        for n, camera in zip(range(args.clips), cameras * args.clips):
+        kinds = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
+        for n, kind in zip(range(args.clips), kinds * args.clips):
             seed = args.seed + n
-            video, scene, prompt = (toy.held_out_lookalike(10000 + seed) if args.look_alikes
-                                    else toy.held_out(10000 + seed, camera, camera == "still"))  # fmt: skip
-            clips.append(Clip(f"{camera} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
+            video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind)
+            clips.append(Clip(f"{kind} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
         return clips
     lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
     refs, prompts = args.refs or [args.ref], [line.strip() for line in lines if line.strip()]

@@ -343,6 +343,11 @@ def held_out_lookalike(seed):
     return render(scene, g), scene, describe(draw_scene(g, "pan", False))
 
 
+def held_out_of_kind(seed, kind):
+    """held_out by what moves: a camera's "pan", "zoom" or "rotation", "still" (a sprite alone), or "look-alikes"."""
+    return held_out_lookalike(seed) if kind == "look-alikes" else held_out(seed, kind, kind == "still")
+
+
 def prepare(video, prompt, seed, device="cpu"):
     """What fastvmt.sample needs: noise, contexts of the prompt, of the negative and of the empty one, reference."""
     reference = encode(video[None]).to(device)
