@@ -196,10 +196,9 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
-    """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7, App. B.4).
+    """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7); 0 below span 3.
 
-    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4), so that it is 0 at a span below 3.
-    squared: eq. 7's, else B.4's norm.
+    An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
     """
     by_offset = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])
     loss = key_mean.new_zeros(())
@@ -279,9 +278,8 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, velocity_int
 
     dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
     (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
-    latents or None. velocity_interval: after the guided steps, or without a reference as many, only every such step
-    computes a velocity, which the next ones reuse. checkpoint: see DiT.qk. callback follows each step, with guide's
-    losses or None. Returns latents.
+    latents or None. velocity_interval: after config's guided steps only every such step computes a velocity, others
+    reuse it. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
@@ -563,8 +561,10 @@ def check_arguments(args, kept):
     for path in (kept, *outputs):
         partial_path(path).touch()  # OSError where it cannot be written
         partial_path(path).unlink()
-        if os.path.isdir(path) or path is kept and path.exists() and not args.decode:
-            raise UserError(f"{path} is a folder, or what a stopped run kept: --decode it, move it or delete it")
+        if os.path.isdir(path):
+            raise UserError(f"{path} is a folder")
+    if kept.exists() and not args.decode:
+        raise UserError(f"{kept} is what a stopped run kept: --decode it, move it or delete it")
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
