@@ -1,0 +1,589 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the lab: the toy, its training and measurements, the paper's Table 1, metrics and costs."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastvmt
+import wan_min
+from lab import cost, effect, metrics, table1, toy, train
+from test_fastvmt import HERE, close, metadata_of, randn, run_main, write_clip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def corner_scene(**changes):
+    scene = {"scale": "coarse", "palette": "blue-white", "texture": "blobs", "camera": (0.0, 0.0, 0.0, 0.0)}
+    return scene | changes
+
+
+def test_world_moves_as_its_scenes_say():
+    def frames(**changes):
+        return toy.render(corner_scene(**changes), torch.Generator().manual_seed(3))
+
+    still = frames()
+    assert still.shape == (3, 9, 48, 66) and still.abs().max() <= 1 and torch.equal(still[:, 0], still[:, 8])
+    pan = frames(camera=(1.0, -2.0, 0.0, 0.0))  # a row down and two columns left, each frame
+    close(pan[:, 1, 1:, :-2], pan[:, 0, :-1, 2:], 1e-4)
+    close(pan[:, 4], still[:, 4], 1e-6)
+    zoom = frames(camera=(0.0, 0.0, math.log(3) / 4, 0.0))  # at the end three times as large as in the middle
+    close(zoom[:, 8, 1::3, 1::3], zoom[:, 4, 16:32, 22:44], 1e-4)
+    turn = frames(camera=(0.0, 0.0, 0.0, math.pi / 8))  # a quarter turn from the middle to the end, counter-clockwise
+    close(turn[:, 8, :, 9:57], turn[:, 4, :, 9:57].rot90(1, (1, 2)), 1e-4)
+    sprite = frames(color="red", shape="disc", striped=False, velocity=(0.5, -1.0), place=(2.0, 3.0))
+    weights = toy.sprite_weights(sprite)
+    for n in range(9):
+        rows, cols = torch.nonzero(weights[n] > 0.5).double().mean(0).tolist()
+        assert rows == pytest.approx(23.5 + 2 + 0.5 * (n - 4), abs=0.3)
+        assert cols == pytest.approx(32.5 + 3 - 1.0 * (n - 4), abs=0.3)
+
+
+def test_motion_is_measured_as_rendered():
+    classes, right = effect.texture_classes(240), []
+    for n, camera in enumerate(["pan", "zoom", "rotation", "still"] * 3):
+        video, scene, _ = toy.held_out(n, camera, camera == "still")
+        assert toy.motion_error(video, scene) < (0.5 if scene["texture"] == "stripes" else 0.05), (n, scene)
+        right.append(effect.shows(video, toy.describe(scene), classes))
+        other = scene | {"camera": tuple(x + d for x, d in zip(scene["camera"], (0.6, 0.8, 0.0, 0.0)))}
+        assert toy.motion_error(video, other) == pytest.approx(0.5 if camera == "still" else 1, abs=0.3)
+    assert sum(right) >= 11
+    assert not effect.shows(video, "fine green-white blobs, a red disc", classes)
+
+
+def test_motion_error_by_hand():
+    """The flow of a camera over the frame, and a missing sprite, which counts as one at rest."""
+    video, scene, _ = toy.held_out(5, "still", False)
+    for camera in ((0, 0, 0.01, 0), (0, 0, 0, 0.02), (0.3, 0.4, 0.01, 0.02)):
+        errors = []
+        for y, x in itertools.product(range(48), range(66)):
+            y, x = y - 23.5, x - 32.5
+            row, column, zoom, turn = camera
+            errors.append(math.hypot(row + zoom * y - turn * x, column + zoom * x + turn * y))
+        assert toy.motion_error(video, scene | {"camera": camera}) == pytest.approx(np.mean(errors), abs=0.01)
+    assert toy.motion_error(video, scene | {"velocity": (3.0, 4.0)}) == pytest.approx(2.5, abs=0.01)
+
+
+def test_toy_codec_and_words():
+    video = randn(2, 3, 9, 48, 66)
+    latents = toy.encode(video)
+    assert latents.shape == (2, 16, 9, 24, 33) and not latents[:, 12:].any()
+    assert torch.equal(toy.decode(latents + F.pad(randn(2, 4, 9, 24, 33), (0, 0) * 3 + (12, 0))), video)
+    assert latents[1, :3, 4, 5, 6].tolist() == video[1, :, 4, 10, 12].tolist()
+    known, unknown = toy.known_words("Fine white and blue stripes, and a golden striped-disc of stripes")
+    assert known == ["fine", "blue-white", "stripes", "striped", "disc"] and unknown == ["golden"]
+    assert toy.known_words("blobs - a ring") == (["blobs", "ring"], [])
+    context = toy.encode_prompts(["a red disc", "", "disc"])
+    assert context.shape == (3, 8, len(toy.WORDS)) and context.sum() == 3 and not context[1].any()
+    assert torch.equal(context[0, 1], context[2, 0]) and not torch.equal(context[0, 0], context[0, 1])
+    for seed in range(50):
+        scene = toy.draw_scene(torch.Generator().manual_seed(seed))
+        known, unknown = toy.known_words(toy.describe(scene))
+        assert not unknown and len(known) == 3 + ("color" in scene) * (2 + scene.get("striped", 0))
+
+
+def test_toy_training_lowers_the_loss(tmp_path, capsys, monkeypatch):
+    save, saved = train.save_file, []
+    monkeypatch.setattr(train, "save_file", lambda weights, path: saved.append(path) or save(weights, path))
+    stages = (40, 1, (5, 24, 36), 0.8, 0.7, 1.0, 1.0), (10, 1, (9, 48, 66), 0.8, 0.0, 0.5, 0.0)
+    train.train(tmp_path / "w.safetensors", stages, log=10)
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 5 and losses[3] < 0.95 * losses[0] and losses[4] < losses[1], losses
+    assert [Path(path).name for path in saved] == ["w.safetensors.part"]  # a stopped training leaves what was there
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    from safetensors.torch import load_file
+
+    weights, shipped = (load_file(path) for path in (tmp_path / "w.safetensors", HERE / "lab/weights.safetensors"))
+    assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {k: (v.shape, v.dtype) for k, v in shipped.items()}
+    train.train(tmp_path / "on.safetensors", [(1, 1, (1, 24, 36), 0.8, 0.0, 0.0, 0.0)], tmp_path / "w.safetensors")
+    assert all(torch.equal(x, weights[name]) for name, x in load_file(tmp_path / "on.safetensors").items())
+    assert {v.dtype for v in shipped.values()} == {torch.bfloat16}
+    assert (HERE / "lab/weights.safetensors").stat().st_size < 8e6
+    assert not shipped["patch_embedding.weight"][:, 12:].any()  # the empty channels are neither read ...
+    assert not shipped["head.head.weight"].unflatten(0, (9, 16))[:, 12:].any()  # ... nor written
+
+
+def test_toy_matches_follow_the_content():
+    """Token centres, moved as token_matches says, show on the other frame what they show on their own."""
+    centers = F.avg_pool2d(toy.pixel_grid().permute(2, 0, 1), 6).flatten(1).T  # (S, 2)
+    for camera in ("pan", "zoom", "rotation", "still"):
+        g = torch.Generator().manual_seed(2)
+        scene = toy.draw_scene(g, camera, camera == "still")
+        matches = train.token_matches(scene, (slice(1, 9), slice(None), slice(None)))
+        video = toy.render(scene, g)[:, 1:]
+        assert matches.shape == (8, 88, 8, 88) and not matches.diagonal(dim1=0, dim2=2).any()
+        for i, j in ((0, 1), (5, 2)):
+            share = matches[i, :, j]
+            found = share @ centers
+            inner = (found.abs() < torch.tensor([20.9, 29.9])).all(1)  # those beside are clamped
+            known = inner & (share.sum(1) > 0.99)
+            assert known.sum() > 30
+            edge = torch.tensor([24.0, 33.0])
+            grids = [(x / edge).flip(-1)[None, None] for x in (centers, found)]
+            here, there = (F.grid_sample(video[None, :, n], grid, align_corners=False)[0, :, 0]
+                           for n, grid in zip((i, j), grids))  # fmt: skip
+            assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
+
+
+def test_toy_matching_loss():
+    """Each token matches two of a frame's three: the attention to them is that of the heads' means, frame by frame."""
+    matches = torch.eye(6).roll(1, 0).view(1, 2, 3, 2, 3)
+    matches = 0.5 * matches + 0.5 * matches.roll(1, -1)
+    k = torch.eye(6)[None, :, None].expand(1, 6, 2, 6) * torch.tensor([0.5, 1.5])[:, None]
+    for sharpness in (50.0, 1.0, -50.0):
+        q = sharpness * matches.view(1, 6, 1, 6).expand(1, 6, 2, 6)
+        expected = math.log(2 + math.exp(-sharpness * 0.5 / 6**0.5))
+        assert train.matching_loss(q, k, matches).item() == pytest.approx(expected, abs=1e-4)
+    dit, x = toy.Denoiser(**toy.ARCHITECTURE), randn(2, 16, 3, 6, 9)
+    t, context = torch.tensor([300.0, 700.0]), toy.encode_prompts(["a disc", "red"])
+    clean, qk = dit.clean_and_qk(x, t, context)
+    for a, b in zip(qk, dit.qk(x, t, context, toy.MATCH_BLOCK)):
+        assert torch.equal(a, b)
+    close(dit(x, t, context), (x - clean) / torch.tensor([0.3, 0.7]).view(2, 1, 1, 1, 1), 1e-5)
+
+
+def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--ref", "demo", "--model", "toy", "--device", "cpu", "--steps", "2"]
+    code, text, err = run_main(capsys, *args, "--prompt", "fine black and white checks under a purple sky")
+    assert code == 0 and not err, err
+    assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
+    motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
+    demo = toy.held_out(0)[0]
+    assert motions[0] == toy.describe_motion(demo) and len(set(motions)) == 3
+    result = fastvmt.read_video("out.mp4", 9, (48, 66), fps=8)
+    picture = fastvmt.read_video("compare.mp4", 9, (522, 990), fps=8)
+    shown = picture[..., 42 + 2 : 282 : 5, 2::5]  # reference, plain and result, each pixel 5×5 large
+    assert (shown[..., :66] - demo).abs().mean() < 0.1
+    plain, guided = ((x - result).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
+    assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
+    record = metadata_of(tmp_path / "out.mp4")
+    assert {name: record[name] for name in toy.DEFAULTS if name not in ("compare", "tile", "lr")}.items() <= (
+        toy.DEFAULTS | {"steps": 2}).items()  # fmt: skip
+    ref = write_clip(tmp_path / "in.mp4", num_frames=30)
+    code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
+    assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
+    for extra, message in (
+        (["--prompt", "a fox"], "does not know fox; it knows coarse"),
+        (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
+        (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
+        (["--block", "7", "--prompt", "red"], "1 to 6"),
+        (["--random-weights", "--prompt", "red"], "neither --offload nor --random-weights"),
+    ):
+        code, _, err = run_main(capsys, *args, *extra)
+        assert code == 2 and message in err and len(err.splitlines()) == 1, (extra, err)
+
+
+def test_the_toys_flow_points_along_the_motion():
+    # Not the toy's own τ, at which the flow tends to whole tokens.
+    dit, (_, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
+    for seed, pan in enumerate([(3.0, 0.5), (-0.5, -4.0), (-3.0, 3.0)]):
+        scene = corner_scene(camera=(*pan, 0.0, 0.0))
+        latents = toy.encode(toy.render(scene, torch.Generator().manual_seed(seed))[None])
+        x = fastvmt.match_noise(latents, randn(*latents.shape), 0.1)
+        flow, _ = fastvmt.motion_features(dit, x, 0.1, toy.encode_prompts([""]), config)
+        i, j = fastvmt.frame_pairs(9, config.span)
+        for offset in (1, 2):
+            found = 6 * flow[j - i == offset].mean((0, 1, 2))  # in pixels
+            true = offset * torch.tensor(pan)
+            assert torch.cosine_similarity(found, true, dim=0) > 0.95, (pan, found)
+            assert 0.5 < found.norm() / true.norm() < 1.2, (pan, found)
+
+
+def test_the_method_moves_the_toy():
+    """The one test of what all this is for. What is wrong alike in both videos' flow, only the test above can tell."""
+    dit, (args, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--steps", "10"])
+    errors = []
+    for seed, camera in zip((30001, 30003, 30004), ("pan", "zoom", "still")):
+        _, scene, _, results = effect.generate(dit, seed, camera, args, config)
+        errors.append([toy.motion_error(result, scene) for result in results])
+    plain, guided = torch.tensor(errors).mean(0)
+    assert guided < 0.5 * plain, errors
+
+
+# ---- The lab ---------------------------------------------------------------------------------------------------------
+
+
+def track_roll(video):
+    """Tracker of clips that are rolled as a whole: the peak of the correlation of each frame with the first."""
+    _, _, T, H, W = video.shape
+    spectrum = torch.fft.fft2(video[0].mean(0))
+    peak = torch.fft.ifft2(spectrum * spectrum[0].conj()).real.flatten(1).argmax(1)
+    shift = torch.stack([(peak // W + H // 2) % H - H // 2, (peak % W + W // 2) % W - W // 2], dim=-1)
+    points = torch.cartesian_prod(torch.arange(0.0, H, 8), torch.arange(0.0, W, 8))
+    return points[:, None] + shift, torch.ones(len(points), T, dtype=torch.bool)
+
+
+def roll_clip(*velocity):
+    return torch.stack([torch.roll(randn(3, 24, 48), [n * v for v in velocity], (1, 2)) for n in range(5)], 1)[None]
+
+
+def test_motion_fidelity_of_known_motion():
+    pan, opposite, across, still, fast = (
+        metrics.visible_tracks(*track_roll(roll_clip(*v))) for v in ((1, 2), (-1, -2), (2, -1), (0, 0), (2, 4))
+    )
+    for other, fidelity, error in ((pan, 1, 0), (opposite, -1, 20**0.5), (across, 0, 10**0.5), (still, 0, 5**0.5),
+                                   (fast, 1, 5**0.5)):  # fmt: skip
+        assert metrics.motion_fidelity(pan, other).item() == pytest.approx(fidelity, abs=1e-6)
+        assert metrics.track_error(pan, other).item() == pytest.approx(error, abs=1e-6)
+    assert metrics.motion_fidelity(still, still) == 1 and metrics.track_error(still, still) == 0
+    jitter = still + 0.001 * randn(*still.shape)  # a tracker's noise is no motion
+    assert metrics.motion_fidelity(still, jitter) == 1
+    assert metrics.motion_fidelity(still[:0], pan).isnan() and metrics.track_error(pan, still[:0]).isnan()
+
+
+def test_motion_fidelity_equals_its_definition():
+    ref, gen = randn(4, 6, 2, seed=1, dtype=torch.float64), randn(3, 6, 2, seed=2, dtype=torch.float64)
+    ref[0, 2] = ref[0, 1]  # one step at rest
+
+    def cosine(a, b):
+        a, b = np.diff(a, axis=0), np.diff(b, axis=0)
+        length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        return sum(x @ y / n if n else 0.0 for x, y, n in zip(a, b, length)) / len(a)
+
+    table = np.array([[cosine(a, b) for b in gen.numpy()] for a in ref.numpy()])
+    expected = (np.mean([max(row) for row in table]) + np.mean([max(row) for row in table.T])) / 2
+    assert metrics.motion_fidelity(ref, gen).item() == pytest.approx(expected)
+    assert metrics.motion_fidelity(gen, ref).item() == pytest.approx(expected)
+    steps = np.array([[np.mean([np.hypot(*(np.diff(a, axis=0) - np.diff(b, axis=0))[k]) for k in range(5)])
+                       for b in gen.numpy()] for a in ref.numpy()])  # fmt: skip
+    expected = (np.mean([min(row) for row in steps]) + np.mean([min(row) for row in steps.T])) / 2
+    assert metrics.track_error(ref, gen).item() == pytest.approx(expected)
+
+
+def test_tracks_are_matched_by_their_own_motion():
+    points = torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
+    zoom = points[:, None] * (1 + 0.1 * torch.arange(5.0))[:, None]  # tracks of one direction have many speeds
+    assert metrics.track_error(zoom, zoom) == 0 and metrics.motion_fidelity(zoom, zoom).item() == pytest.approx(1)
+    alone = metrics.motion_fidelity(zoom, zoom[:5])  # all tracks of five count, and five of all
+    assert alone.item() == pytest.approx(metrics.motion_fidelity(zoom[:5], zoom).item()) and 0.6 < alone < 0.99
+    seen = torch.zeros(len(zoom), 5, dtype=torch.bool)
+    seen[:3, :3] = True  # in three frames of five
+    seen[3, :2] = True
+    assert metrics.visible_tracks(zoom, seen).equal(zoom[:3])
+
+
+def test_cotracker_is_handed_pixels_and_hands_out_rows_first(monkeypatch):
+    def model(pixels, grid_size):
+        assert pixels.shape == (1, 5, 3, 24, 48) and pixels.min() == 0 and pixels.max() == 255 and grid_size == 30
+        return torch.tensor([1.0, 2.0]).expand(1, 5, 7, 2), torch.ones(1, 5, 7)
+
+    model.to = lambda device: model
+    monkeypatch.setattr(torch.hub, "load", lambda repo, name, trust_repo: model)
+    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1).clamp(-1, 1))
+    assert tracks.shape == (7, 5, 2) and tracks[0, 0].tolist() == [2, 1]
+    assert visible.shape == (7, 5) and visible.all()
+
+
+def test_clip_metrics():
+    from transformers import BatchEncoding, CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+                        vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
+    model, prompts = CLIPModel(config).eval(), []
+
+    def tokenizer(prompt, **options):
+        prompts.append(prompt)
+        return BatchEncoding({"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)})
+
+    clip = roll_clip(1, 0).sigmoid() * 2 - 1
+    frames, prompt = metrics.clip_features(model, tokenizer, clip, "a word")
+    assert prompts == ["a word"] and frames.shape == (5, 16) and prompt.shape == (1, 16)
+    ids = tokenizer("")
+    pixels = F.interpolate(clip[0].transpose(0, 1), (32, 64), mode="bicubic", antialias=True)[..., 16:48]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        outputs = model(pixel_values=((pixels + 1) / 2 - mean) / std, **ids)  # logits = scale · cosine
+    expected = (outputs.logits_per_image / model.logit_scale.exp()).mean()
+    assert metrics.text_similarity(frames, prompt).item() == pytest.approx(expected.item(), abs=0.003)
+    embeds = outputs.image_embeds
+    expected = (embeds[1:] * embeds[:-1]).sum(-1).mean()
+    assert expected < 0.9999
+    assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
+    assert metrics.temporal_consistency(torch.eye(2)[[0, 0, 1]]) == 0.5  # of neighbours
+    still = metrics.clip_features(model, tokenizer, clip[:, :, :1].expand(-1, -1, 3, -1, -1), "")[0]
+    assert metrics.temporal_consistency(still).item() == pytest.approx(1)
+
+
+TABLE = "--model tiny --ref demo --prompt x --device cpu --frames 9 --size 32x48 --steps 3 --inner-steps 4".split()
+
+
+def run_table(capsys, *args):
+    code = table1.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, re.sub(r"\r?sampling: .*\n?", "", err)  # without the bars
+
+
+def read_table(text):
+    """{(header of the table, row): {column: text}}."""
+    cells = {}
+    for part in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line[0] == "|"]
+        cells |= {(lines[0][0], row[0]): dict(zip(lines[0], row)) for row in lines[2:]}
+    return cells
+
+
+def test_table_counts_what_each_row_does(tmp_path, capsys):
+    rows = ["w/o step-skip", "no transfer", "lambda_window=0, tau=2", "block=2", "interval=3"]
+    code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--checkpoint", "on", "--rows", *rows)
+    assert code == 0 and not err, err
+    table = read_table((tmp_path / "table.md").read_text())
+    assert out.endswith((tmp_path / "table.md").read_text())
+    # 3 steps of 2 velocities through 4 blocks, the first guided; block 3 is read, so that 2 are run for it.
+    counts = {"full method": (2, 2, 2), "w/o step-skip": (4, 2, 2), "no transfer": (0, 0, 0),
+              "lambda_window=0, tau=2": (2, 2, 2), "block=2": (2, 1, 1)}  # fmt: skip
+    assert [row for title, row in table if title == "mean"] == list(counts)  # interval=3 is the full method's
+    for name, (gradients, before, backwards) in counts.items():
+        cells = table["mean", name]
+        assert int(cells["gradients"]) == gradients and int(cells["block backwards"]) == gradients * backwards, name
+        assert int(cells["block forwards"]) == 24 + before * (gradients + (gradients > 0)), name
+        seconds = [float(cells[column]) for column in ("total s", "guidance s", "denoising s")]
+        assert seconds[0] == pytest.approx(seconds[1] + seconds[2], rel=0.01) and min(seconds) > 0
+    assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
+    assert float(table["mean", "no transfer"]["guidance s"]) < 0.5 * float(table["mean", "full method"]["guidance s"])
+
+
+def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
+    seen, noises, true = [], [], fastvmt.sample
+
+    def spy(dit, noise, sigmas, *contexts, **options):
+        seen.append((sigmas, options))
+        noises.append(noise)
+        return true(dit, noise, sigmas, *contexts, **options)
+
+    monkeypatch.setattr(fastvmt, "sample", spy)
+    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1",
+            "steps=2, velocity_interval=3"]  # fmt: skip
+    args = [*TABLE, "--out", tmp_path, "--strength", "0.9", "--seed", "3", "--checkpoint", "on"]
+    assert run_table(capsys, *args, "--rows", *rows)[0] == 0
+    (_, full), (_, first), (plain, none), (start, last), (short, reused) = seen[1:]  # after the warm-up
+    assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
+    assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
+    assert last["reference"] is not None and start.equal(wan_min.flow_sigmas(3, 7.0, 0.5)) and last["cfg_scale"] == 1
+    assert len(short) == 3 and full["checkpoint"] is True
+    assert reused["velocity_interval"] == 3 and full["velocity_interval"] == 1
+    assert all(noise.equal(randn(*noise.shape, seed=3)) for noise in noises)
+    for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
+                      ("tau=x", "tau")):  # fmt: skip
+        code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
+        assert code == 2 and word in err and err.count("\n") == 1, err
+
+
+def test_the_table_tiles_the_vae_when_asked(tmp_path):
+    args, model = table1.parse_arguments([*map(str, TABLE), "--vae-tiles", "--out", str(tmp_path)])
+    asked, load = [], model.load_codec
+    model = model._replace(load_codec=lambda tiles=False: asked.append(tiles) or load(tiles))
+    table1.compute({"full method": args}, table1.make_clips(args, model), args, model)
+    assert asked == [True]
+
+
+def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n\na dog\n")
+    args = [*TABLE, "--rows", "w/o window loss", "tau=2", "--prompts", prompts, "--out"]
+    true, calls = table1.run_row, []
+
+    def run_row(*a):
+        calls.append(a)
+        latents, columns = true(*a)
+        return latents, columns | dict.fromkeys(["total s", "guidance s", "denoising s", "peak GiB"], 1.0)
+
+    monkeypatch.setattr(table1, "run_row", run_row)
+    whole = run_table(capsys, *args, tmp_path / "whole")[1]
+    assert len(calls) == 1 + 6  # the warm-up, then 2 prompts of 3 rows
+    results = tmp_path / "killed" / "results.jsonl"
+    for torn in (1, 2, 3):  # killed in the middle of writing this line
+        monkeypatch.setattr(table1, "run_row", lambda *a, n=iter(range(10)): [run_row(*a), next(n) < 2 or stop()][0])
+        code, _, err = run_table(capsys, *args, tmp_path / "killed")
+        assert code == 130 and "interrupted" in err
+        lines = results.read_text().splitlines(True)
+        assert len(lines) == torn
+        results.write_text("".join(lines) + lines[-1][:50])
+        assert len(table1.read_results(results)) == torn
+    monkeypatch.setattr(table1, "run_row", run_row)
+    calls.clear()
+    out = run_table(capsys, *args, tmp_path / "killed")[1]
+    assert len(calls) == 1 + 3 and out.endswith((tmp_path / "whole" / "table.md").read_text())
+    assert whole.endswith((tmp_path / "killed" / "table.md").read_text())
+    lines = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").open()] for name in ("whole", "killed")]
+    assert lines[0] == lines[1] and len({tuple(line["key"]) for line in lines[0]}) == 6
+    calls.clear()
+    monkeypatch.setattr(wan_min, "load", None)  # what is on disk needs no model
+    assert run_table(capsys, *args, tmp_path / "killed")[0] == 0 and not calls
+    results.write_text(results.read_text().replace(lines[0][0]["code"], "older"))
+    code, out, _ = run_table(capsys, *args, tmp_path / "killed", "--table-only")
+    assert code == 0 and not calls and "6 results" in out and "another version of the code" in out
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def test_tables_numbers_by_hand():
+    assert table1.mean_and_error([1.0, 2.0, 4.5]) == "2.5 ± 1.0"  # standard deviation 1.80, over √3
+    assert table1.mean_and_error([0.5, math.nan]) == "0.5" and table1.mean_and_error([math.nan]) == ""
+    assert table1.mean_and_error([3, 3, 3]) == "3" and table1.mean_and_error([0.1234, 0.1236]) == "0.12350 ± 0.00010"
+    args, _ = table1.parse_arguments(TABLE)
+    rows = table1.make_rows([*TABLE, "--rows", "tau=2"], table1.parse_arguments([*TABLE, "--rows", "tau=2"])[0], 4)
+    full, changed = (table1.settings_hash(row, args) for row in rows.values())
+    values = {(full, "a"): 1.0, (full, "b"): 5.0, (changed, "a"): 1.5, (changed, "b"): 6.5, (changed, "c"): 9.0,
+              ("else", "a"): 7.0}  # fmt: skip
+    argv = [*TABLE, "--rows", "blocks"]
+    blocks = {name: row.block for name, row in table1.make_rows(argv, table1.parse_arguments(argv)[0], 4).items()}
+    assert blocks == {"full method": 3, "block 1": 1, "block 2": 2, "block 4": 4}
+    argv = ["--model", "toy", "--device", "cpu", "--rows", "ablation"]
+    ablation = table1.make_rows(argv, table1.parse_arguments(argv)[0], 6)
+    assert len(ablation) == 1 + len(table1.ABLATION) and ablation["the paper's numbers, matched"].steps == 50
+    lines = [{"key": [row, clip, "x", 0], "columns": {"error": value}} for (row, clip), value in values.items()]
+    table = read_table(table1.make_table(lines, rows, args))
+    assert table["mean", "full method"] == {"mean": "full method", "n": "2", "error": "3.0 ± 2.0"}
+    assert table["mean", "tau=2"]["n"] == "3"
+    paired = table["minus the full method", "tau=2"]  # of the clips that both have: 0.5 and 1.5
+    assert paired["n"] == "2" and paired["error"] == "1.00 ± 0.50"
+
+
+def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(effect, "texture_classes", lambda: "classes")
+    monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: (classes, "," in prompt) == ("classes", False))
+    monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
+    args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
+    code, out, err = run_table(capsys, *args, "block 2", "--out", tmp_path)
+    assert code == 0 and not err, err
+    lines = table1.read_results(tmp_path / "results.jsonl")
+    rows = ["full method", "block 2"]
+    cases = [("pan", 10007), ("pan", 10008), ("zoom", 10009)]
+    assert [(line["key"][1], line["row"]) for line in lines] == [(f"{c} {s}", row) for c, s in cases for row in rows]
+    for line in lines:
+        camera, seed = line["key"][1].split()
+        video, scene, prompt = toy.held_out(int(seed), camera, False)
+        assert line["key"][2:] == [prompt, int(seed) - 10000] and line["columns"]["prompt right"] == 1
+        written = fastvmt.read_video(str(tmp_path / line["video"]), 9, video.shape[2:])
+        error = toy.motion_error(written[0], scene)
+        assert line["columns"]["motion error, px a frame"] == pytest.approx(error, abs=0.03)
+    assert len({line["video"] for line in lines}) == len(lines)
+    parsed, model = table1.parse_arguments([*args, "block 2", "--look-alikes"])
+    video, scene, prompt = toy.held_out_lookalike(10009)
+    clip = table1.make_clips(parsed, model)[2]
+    assert clip[:3] == ("look-alikes 10009", 9, [prompt]) and clip.scene == scene and clip.video()[0].equal(video)
+
+
+def test_columns_of_real_videos(monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "load_cotracker", lambda device: track_roll)
+    monkeypatch.setattr(metrics, "load_clip", lambda device: (_ for _ in ()).throw(OSError("no network\nat all")))
+    (opened,) = table1.open_metrics("cpu")
+    assert capsys.readouterr().out == "CLIP cannot be had, so its columns are left out (no network)\n"
+    columns = opened(roll_clip(1, 2))(roll_clip(2, 4), "x")
+    assert columns == {"motion fidelity": pytest.approx(1), "track error, px a frame": pytest.approx(5**0.5),
+                       "tracks": 18, "frames": 5}  # fmt: skip
+    features = torch.eye(4)[:2] + 1
+    monkeypatch.setattr(metrics, "clip_features", lambda model, tokenizer, video, prompt: (features, features[:1]))
+    columns = table1.clip_columns(("model", "tokenizer"), None)(None, "x")
+    cosine = (features[0] @ features[1] / 7).item()
+    assert columns == {
+        "text similarity": pytest.approx((1 + cosine) / 2),
+        "temporal consistency": pytest.approx(cosine),
+    }
+
+
+def test_cost_counts_attention_and_live_memory():
+    with torch.enable_grad():
+        q, k, v = (randn(1, 2, 64, 16, seed=n).requires_grad_() for n in range(3))
+        with cost.Cost([q, k, v]) as forward:
+            out = F.scaled_dot_product_attention(q, k, v)
+        product = 2 * 2 * 64 * 64 * 16
+        assert forward.flops == 2 * product and forward.peak >= 4 * out.nbytes
+        with cost.Cost() as backward:
+            out.sum().backward()
+    assert backward.flops == 5 * product  # QKᵀ once more
+    with cost.Cost([q]) as memory:
+        for _ in range(3):
+            x = torch.zeros(1000)
+            y = x.view(10, 100)[0].add(1)  # a view takes nothing
+            del x, y
+        torch.empty(10**6, device="meta")  # in host memory
+    assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
+
+
+def test_peers(capsys, monkeypatch):
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from lab import peers
+
+    command = "peers --device cpu --blocks 1 --latents 2 4 6 --vae-latents 2 4 4 --rounds 2"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr(peers, "WIDTHS", dict(dim=96, num_heads=2, ffn_dim=128, text_dim=32))
+    monkeypatch.setattr(peers, "VAE_WIDTH", 4)
+    peers.main()
+    rows = {row: list(cells.values())[1:] for (_, row), cells in read_table(capsys.readouterr().out).items()}
+    assert list(rows) == ["velocity, fp32", "velocity, bf16", "encode", "decode"]
+    for row, (difference, _, _, ratio, *peaks) in rows.items():
+        assert 0 < float(difference) < (0.02 if "bf16" in row else 1e-4), row
+        low, middle, high = sorted(map(float, re.findall(r"[\d.]+", ratio)))
+        assert 0 < low <= middle <= high and len(peaks) == 2
+
+
+def test_dry_run_and_bench(capsys, monkeypatch):
+    args = "--model tiny --device cpu --frames 5 --size 32x48 --cfg-scale 1 --steps 10 --guided-fraction 0.3".split()
+    parsed, model = table1.parse_arguments([*args, "--dtype", "fp32"])
+    matched, _ = table1.parse_arguments([*args, "--ref-noise", "match"])
+    assert cost.run_counts(matched)["reference pass"] == 3
+    flops, peaks = counted = cost.count(parsed, model)
+    blocks = []
+    monkeypatch.setattr(cost, "count", lambda args, model: blocks.append(args.config.block) or counted)
+    code, out, err = run_table(capsys, *args, "--dry-run", "--rows", "ref_noise=match, interval=1",
+                               "no_transfer, velocity_interval=3", "block=2")  # fmt: skip
+    assert code == 0 and not err, err
+    assert blocks == [3, 2]  # what differs in what it computes is counted anew
+    parsed.frames = 8
+    assert [shape[2] for shape in cost.latent_shape(parsed, model)] == [5, 2]
+    tables = read_table(out)
+    table = {row: list(cells.values()) for (title, row), cells in tables.items() if not title}
+    assert [cells[1] for cells in table.values()] == ["1", "1", "12", "12", "10", "1"]
+    tokens, dim, ffn = 2 * 2 * 3, 96, 192
+    attention, context = 2 * 2 * tokens * (tokens + 512) * dim, 2 * 512 * 2 * dim * dim
+    linear = 2 * tokens * dim * (6 * dim + 2 * ffn)
+    embedded = 2 * 512 * dim * (64 + dim) + 2 * 2 * tokens * dim * 64 + 2 * dim * (32 + dim + 6 * dim)
+    assert flops["velocity"][0] == 4 * (attention + context + linear) + embedded
+    # Block 3 is read, so two blocks run forward and, of latents alone, backward.
+    backward = flops["gradient"][0] - flops["reference pass"][0]
+    assert backward == pytest.approx(2 * (2.5 * attention + linear), rel=0.1)
+    assert flops["gradient"][1] - flops["gradient"][0] == pytest.approx(2 * (attention + context + linear), rel=0.1)
+    name = {phase: flops[phase][0] for phase in flops}
+    rows = {"full method": (12, 1, 10), "ref_noise=match, interval=1": (30, 3, 10),
+            "no_transfer, velocity_interval=3": (0, 0, 6)}  # fmt: skip
+    whole = []
+    for row, (gradients, references, velocities) in rows.items():
+        guidance = gradients * name["gradient"] + references * name["reference pass"]
+        denoising, rest = velocities * name["velocity"], name["velocity"] - name["reference pass"]
+        whole.append(guidance + denoising + name["encode"] + name["decode"])
+        hooked = whole[-1] + (gradients + references) * rest
+        recomputed = hooked + gradients * (flops["gradient"][2] - name["gradient"])
+        unit = whole[0] / 1e15
+        true = [guidance, denoising, *(x for total in (whole[-1], hooked, recomputed) for x in (total, total / unit))]
+        cells = [float(text) for text in list(tables["run, PFLOP", row].values())[1:]]
+        assert cells == pytest.approx([x / 1e15 for x in true], rel=0.006), row
+    stored, recomputed, offloaded = peaks["gradient"]
+    dit = wan_min.random_model(wan_min.DiT, wan_min.ARCHITECTURES["tiny"][0])
+    block = sum(p.nbytes for p in dit.blocks[0].parameters())
+    assert stored > recomputed and 2 * block <= recomputed - offloaded < 4 * block  # two of four are there at most
+    code, out, err = run_table(capsys, *args, "--bench", "--checkpoint", "on", "--peak-tflops", "100")
+    assert code == 0 and not err, err
+    rows = {row: cells for (_, row), cells in read_table(out).items()}
+    assert set(rows) == set(table) and "A run: guidance" in out
+    for cells in rows.values():
+        assert float(cells["s"]) > 0 and float(cells["TFLOP/s"]) > 0 and cells["of the peak"] == "0%"
+    monkeypatch.undo()
+    assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")
