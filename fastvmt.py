@@ -2,18 +2,32 @@
 """FastVMT: training-free video motion transfer on Wan 2.1, in one file.
 
 Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2), whose equation, section and
-appendix numbers stand below, in its order. The method needs torch and einops only: copy what you need. Under it stands
-the run that uses it. Shapes in comments: F latent frames, H×W token grid of a frame, S = H·W, D head dimension, P frame
-pairs, N tiles (eq. 7's P), T tokens a tile, M window tokens. Positions and flows are (row, column) in tokens.
+appendix numbers stand below. Its Algorithm 1, top down:
+
+    sample: for each σ of the schedule
+        in the first fifth of the steps, guide:
+            reference = features(the reference's latents, empty prompt)
+            x = optimize_latent(x, losses(reference, features(x, prompt))), AdamW with gradients reused
+        x = step(velocity, x, σ, next σ)
+    features = motion_features: Q and K of one DiT block → head_average → attention_motion_flow:
+        for all frame_pairs: tile_queries → window_centers → window_indices → window_flow
+    losses = motion_losses: 5·amf_loss + 1·window_loss
+    step = euler_step
+
+To change the method, hand `sample` other features, losses or step (lab/changes.py). It needs torch and einops only:
+copy what you need. Under it stands the run. Shapes in comments: F latent frames, H×W token grid, S = H·W, D head
+dimension, P frame pairs, N tiles (eq. 7's P), T tokens a tile, M window tokens. Positions and flows are (row, column)
+in tokens.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 
 
@@ -21,34 +35,40 @@ class UserError(ValueError):
     """Something that the user can fix; the message is one line."""
 
 
-def setting(default, text):
-    return field(default=default, metadata={"help": text})
+def check_limits(values, limits):
+    """UserError where a value, or a number in it, is not within its limits: name -> (low, high)."""
+    for name, (low, high) in limits.items():
+        value = values[name]
+        for number in value if isinstance(value, (tuple, list)) else [value]:
+            if number is not None and not low <= number <= high:  # NaN is within none
+                raise UserError(f"{name} {number} is not between {low} and {high}")
 
 
 @dataclass(frozen=True)
 class MotionConfig:
     """The method's numbers; the defaults are the paper's, or one of two that it names. Each is also a flag."""
 
-    block: int = setting(15, "DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)")
-    tile: tuple = setting((3, 4), "rows and columns of a tile, in tokens (App. B.1)")
-    window: int | None = setting(21, "side l of the search window in tokens; 'none': the whole frame (eq. 3, App. B.1)")
-    span: int = setting(5, "temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)")
-    tau: float = setting(1.0, "temperature τ that multiplies the attention logits (eq. 1, App. B.1)")
-    center: str = setting("soft", "window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)")
-    alpha: float = setting(0.2, "decay α of the pair weights with frame distance (eq. 6)")
-    lambda_amf: float = setting(5.0, "weight of the AMF loss (eq. 8)")
-    lambda_window: float = setting(1.0, "weight of the corresponding-window loss (eq. 8)")
-    squared: bool = setting(False, "square the window loss's norm as in eq. 7, not as in App. B.4")
-    guided_fraction: float = setting(0.2, "first part of the denoising steps that is guided (Sec. 4.1)")
-    inner_steps: int = setting(10, "optimizer steps J in a guided step (Sec. 4.1)")
-    interval: int = setting(3, "compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)")
-    lr: tuple = setting((0.003, 0.002), "first and last learning rate of the inner steps, linear (Sec. 4.1)")
-    ref_noise: float | str = setting(0.0, "noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)")
+    block: int = 15  # DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)
+    tile: tuple = (3, 4)  # rows and columns of a tile, in tokens (App. B.1)
+    window: int | None = 21  # side l of the search window in tokens; 'none': the whole frame (eq. 3, App. B.1)
+    span: int = 5  # temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)
+    tau: float = 1.0  # temperature τ that multiplies the attention logits (eq. 1, App. B.1)
+    center: str = "soft"  # window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)
+    alpha: float = 0.2  # decay α of the pair weights with frame distance (eq. 6)
+    lambda_amf: float = 5.0  # weight of the AMF loss (eq. 8)
+    lambda_window: float = 1.0  # weight of the corresponding-window loss (eq. 8)
+    squared: bool = False  # square the window loss's norm as in eq. 7, not as in App. B.4
+    guided_fraction: float = 0.2  # first part of the denoising steps that is guided (Sec. 4.1)
+    inner_steps: int = 10  # optimizer steps J in a guided step (Sec. 4.1)
+    interval: int = 3  # compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)
+    lr: tuple = (0.003, 0.002)  # first and last learning rate of the inner steps, linear (Sec. 4.1)
+    ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
 
     def __post_init__(self):
-        counts = self.block, *self.tile, self.span, self.inner_steps, self.interval
-        if min(counts) < 1 or self.window is not None and self.window < 1 or not 0 <= self.guided_fraction <= 1:
-            raise UserError("block, tile, window, span, inner_steps, interval must be ≥ 1, guided_fraction 0 to 1")
+        limits = dict.fromkeys(["block", "tile", "window", "span", "inner_steps", "interval"], (1, 10**4))
+        limits |= dict.fromkeys(["tau", "alpha", "lambda_amf", "lambda_window"], (-1e9, 1e9))
+        limits |= {"guided_fraction": (0, 1), "lr": (0, 1e9)}
+        check_limits(vars(self), limits)
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
         if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
@@ -60,14 +80,18 @@ class MotionConfig:
 
 def head_average(x, grid):
     """Mean over heads of q or k (App. B.4): x (F·H·W, heads, D), grid (F, H, W) -> (F, H, W, D), fp32 or better."""
-    x = x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = x.mean(dim=1, dtype=torch.promote_types(x.dtype, torch.float32))  # (F·H·W, D)
     return rearrange(x, "(f h w) d -> f h w d", f=grid[0], h=grid[1])
 
 
+def list_pairs(num_frames, span):
+    """Pairs {(i, j): 1 ≤ j−i ≤ span} (eqs. 3, 5, without i = j, where nothing moves), by offset, then by i."""
+    return [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
+
+
 def frame_pairs(num_frames, span, device=None):
-    """Pairs {(i, j): 1 ≤ j−i ≤ span} (eqs. 3, 5, less i = j, where nothing moves): long (P,), by offset, then by i."""
-    pairs = [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
-    return torch.tensor(pairs, device=device).unbind(1)
+    """list_pairs as tensors: anchors i and targets j, both long (P,)."""
+    return torch.tensor(list_pairs(num_frames, span), device=device).unbind(1)
 
 
 def row_column(index, width):
@@ -78,7 +102,7 @@ def row_column(index, width):
 def tile_tokens(x, tile):
     """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are filled up with zeros."""
     (_, H, W, _), (th, tw) = x.shape, tile
-    x = F.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
+    x = functional.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
     return rearrange(x, "f (a th) (b tw) c -> f (a b) (th tw) c", th=th, tw=tw)
 
 
@@ -103,81 +127,95 @@ def window_centers(queries, keys, *, tau=1.0, center="soft"):
     "soft": the mean position under the query's attention (eqs. 1-2), rounded; "argmax": that of its best key (eq. 4).
     """
     *_, W, D = keys.shape
-    logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)
+    logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)  # (P, N, S)
     if center == "argmax":
         return row_column(logits.argmax(-1), W)  # eq. 4's P_block + displacement is the best key's own place
     positions = row_column(torch.arange(logits.shape[-1], device=keys.device), W).to(logits.dtype)  # (S, 2)
-    return ((logits * (tau / D**0.5)).softmax(-1) @ positions).round().long()
+    attention = (logits * (tau / D**0.5)).softmax(-1)  # (P, N, S)
+    return (attention @ positions).round().long()
 
 
 def window_indices(centers, grid, size):
     """Tokens row·W + column of the l×l windows (eq. 3), shifted, not cropped, to lie in the grid: long (P, N, M)."""
-    top = (centers[..., 0] - size[0] // 2).clamp(0, grid[0] - size[0])
-    left = (centers[..., 1] - size[1] // 2).clamp(0, grid[1] - size[1])
+    top = (centers[..., 0] - size[0] // 2).clamp(0, grid[0] - size[0])  # (P, N)
+    left = (centers[..., 1] - size[1] // 2).clamp(0, grid[1] - size[1])  # (P, N)
     rows = top[..., None] + torch.arange(size[0], device=centers.device)  # (P, N, l)
-    cols = left[..., None] + torch.arange(size[1], device=centers.device)
+    cols = left[..., None] + torch.arange(size[1], device=centers.device)  # (P, N, l)
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(-2)
 
 
-def window_means(K, corners, j, size):
+def window_means(K, corners, targets, size):
     """Mean key K̄ of windows (App. B.4): K (F, H, W, D), their first tokens (P, N), frames j (P,) -> (P, N, D)."""
-    rows, cols = row_column(corners, K.shape[2]).unbind(-1)
+    rows, cols = row_column(corners, K.shape[2]).unbind(-1)  # (P, N) each
     K = rearrange(K, "f h w d -> f d h w")
     # The mean of every possible window by two box filters: cheaper than averaging the P·N windows one by one.
-    means = F.avg_pool2d(F.avg_pool2d(K, (size[0], 1), stride=1), (1, size[1]), stride=1)
-    return rearrange(means, "f d h w -> f h w d")[j[:, None], rows, cols]
+    means = functional.avg_pool2d(K, (size[0], 1), stride=1)  # (F, D, H−l+1, W)
+    means = functional.avg_pool2d(means, (1, size[1]), stride=1)  # (F, D, H−l+1, W−l+1)
+    return rearrange(means, "f d h w -> f h w d")[targets[:, None], rows, cols]
 
 
-def window_flow(queries, K, pairs, windows, tokens, tau, entropy=False):
-    """Flow Δ_ij of each token: the attention-weighted mean position in its tile's window, less its own: (P, N, T, 2).
-
-    queries (F, N, T, D) of frames i, at positions tokens (N, T, 2), K (F, H, W, D) of frames j, pairs (i, j), windows
-    (P, N, M). entropy: that of the attention instead, 1 where it is uniform: (P, N, T, 1).
-    """
-    (i, j), (_, H, W, D) = pairs, K.shape
-    # F.embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
-    keys = F.embedding(j[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
+def window_attention(queries, K, anchors, targets, windows, tau):
+    """Attention of queries (F, N, T, D) of frames i (P,) over windows (P, N, M) of K (F, H, W, D): (P, N, M, T)."""
+    _, H, W, D = K.shape
+    # embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
+    keys = functional.embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
     # m before t, so that the gradient of the keys comes out in their own memory order.
-    attention = (einsum(keys, queries[i], "p n m d, p n t d -> p n m t") * (tau / D**0.5)).softmax(-2)
-    if entropy:
-        return -(attention * attention.clamp(min=1e-30).log()).sum(-2)[..., None] / math.log(max(windows.shape[-1], 2))
+    logits = einsum(keys, queries[anchors], "p n m d, p n t d -> p n m t")
+    return (logits * (tau / D**0.5)).softmax(-2)
+
+
+def window_flow(queries, K, anchors, targets, windows, tokens, tau):
+    """Flow Δ_ij (P, N, T, 2): the mean position under window_attention minus the token's own, tokens (N, T, 2)."""
+    attention = window_attention(queries, K, anchors, targets, windows, tau)  # (P, N, M, T)
     # Positions are absolute: window-relative ones would lose the motion of the window itself.
-    positions = row_column(windows, W).to(attention.dtype)  # (P, N, M, 2)
+    positions = row_column(windows, K.shape[2]).to(attention.dtype)  # (P, N, M, 2)
     return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_elements=2**25,
-                          entropy=False):  # fmt: skip
+def frame_flow(Q, K, anchors, targets, tau):
+    """Flow Δ_ij by attention over whole frames, DiTFlow's: Q, K (F, H, W, D) -> (P, H, W, 2)."""
+    _, H, W, D = K.shape
+    queries = (Q[anchors] * (tau / D**0.5)).flatten(1, 2)  # (P, S, D)
+    attention = (queries @ K[targets].flatten(1, 2).mT).softmax(-1)  # (P, S, S)
+    positions = row_column(torch.arange(H * W, device=K.device), W).to(K.dtype)  # (S, 2)
+    return (attention @ positions - positions).unflatten(1, (H, W))
+
+
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**21):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens, or of entropy (P, H, W, 1), and
-    key_mean K̄ (P, N, D), fp32 or better; pairs in frame_pairs' order, tiles row-major. window=None: the full-frame
-    AMF of DiTFlow. No gradient flows through the choice of window. About max_elements keys and logits exist at once.
+    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
+    better, also under autocast; pairs in frame_pairs' order, tiles row-major. window=None: the full-frame AMF of
+    DiTFlow. No gradient flows through the choice of window. About max_logits logits exist at once. Raises ValueError.
     """
-    num_frames, H, W, D = Q.shape
-    if num_frames < 2 or span < 1 or window is not None and window < 1:
-        raise ValueError("motion needs at least two frames, a span and a window of at least 1")
+    num_frames, H, W, _ = Q.shape
+    if K.shape != Q.shape or num_frames < 2 or span < 1 or window is not None and window < 1:
+        raise ValueError("Q and K must be of one shape and at least two frames, span and window at least 1")
+    if center not in ("soft", "argmax"):
+        raise ValueError(f"center must be 'soft' or 'argmax', not {center!r}")
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))  # bf16 loses sub-token accuracy
-    grid, num_tiles = (H, W), math.ceil(H / tile[0]) * math.ceil(W / tile[1])
-    size = grid if window is None else (min(window, H), min(window, W))
-    if size == grid:
-        tile = grid  # one window for all tiles, so compute it as one tile
-    i, j = frame_pairs(num_frames, span, Q.device)
-    queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)
-    (tokens,) = tile_tokens(row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2), tile)
-    N, T, _ = tokens.shape
-    elements_per_pair = N * math.prod(size) * (D + T) + H * W * (D + N)
-    chunk = max(1, max_elements // elements_per_pair)
-    flows, corners = [], []
-    for anchors, targets in zip(i.split(chunk), j.split(chunk)):
-        with torch.no_grad():
-            centers = window_centers(representatives[anchors], K[targets], tau=tau, center=center)
-            windows = window_indices(centers, grid, size)
-        corners.append(windows[..., 0])
-        flows.append(recompute(window_flow, queries, K, (anchors, targets), windows, tokens, tau, entropy,
-                               use_reentrant=False, preserve_rng_state=False))  # fmt: skip
-    key_mean = window_means(K, torch.cat(corners), j, size).expand(-1, num_tiles, -1)  # (P, 1, D) if one serves all
-    return untile_tokens(torch.cat(flows), tile, grid), key_mean
+    size = (H, W) if window is None else (min(window, H), min(window, W))
+    anchors, targets = frame_pairs(num_frames, span, Q.device)  # (P,) each
+    chunk = max(1, max_logits // (H * W * math.prod(size)))  # a pair has a logit for each token and window token
+    pairs = list(zip(anchors.split(chunk), targets.split(chunk)))
+    run = partial(recompute, use_reentrant=False, preserve_rng_state=False)
+    autocast = torch.amp.is_autocast_available(Q.device.type)
+    with torch.autocast(Q.device.type, enabled=False) if autocast else nullcontext():
+        queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)  # (F, N, T, D), (F, N, D)
+        if size == (H, W):
+            flow = torch.cat([run(frame_flow, Q, K, i, j, tau) for i, j in pairs])  # (P, H, W, 2)
+            return flow, repeat(K.mean((1, 2))[targets], "p d -> p n d", n=queries.shape[1])
+        positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)
+        tokens = tile_tokens(positions, tile)[0]  # (N, T, 2)
+        flows, corners = [], []
+        for i, j in pairs:
+            with torch.no_grad():
+                centers = window_centers(representatives[i], K[j], tau=tau, center=center)  # (chunk, N, 2)
+                windows = window_indices(centers, (H, W), size)  # (chunk, N, M)
+            flows.append(run(window_flow, queries, K, i, j, windows, tokens, tau))  # (chunk, N, T, 2)
+            corners.append(windows[..., 0])  # (chunk, N)
+        key_mean = window_means(K, torch.cat(corners), targets, size)  # (P, N, D)
+        return untile_tokens(torch.cat(flows), tile, (H, W)), key_mean
 
 
 # ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) --------------------------------------------------------------
@@ -186,13 +224,16 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
     """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), over pairs (eq. 5) and tokens (App. B.1).
 
-    weight (H, W), not the paper's, says how much each token counts. No gradient flows to the reference.
+    weight (H, W) or (P, H, W), not the paper's, says how much each token counts. No gradient flows to the reference.
     """
-    i, j = frame_pairs(num_frames, span, flow_gen.device)
+    anchors, targets = frame_pairs(num_frames, span, flow_gen.device)  # (P,) each
     distance = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
-    distance = distance.mean((1, 2)) if weight is None else (distance * weight).sum((1, 2)) / weight.sum()
-    w = 1 - alpha * (j - i - 1).to(distance.dtype) / max(span - 1, 1)  # w_d of eq. 6: 1 at offset 1, 1 − α at s_f
-    return (w * distance).mean()
+    decay = 1 - alpha * (targets - anchors - 1).to(distance.dtype) / max(span - 1, 1)  # w_d of eq. 6: 1 … 1 − α
+    distance = decay[:, None, None] * distance
+    if weight is None:
+        return distance.mean()
+    weight = weight.expand_as(distance)
+    return (distance * weight).sum() / weight.sum()
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
@@ -200,19 +241,23 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
 
     An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
     """
-    by_offset = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])
+    pairs = list_pairs(num_frames, span)
     loss = key_mean.new_zeros(())
-    for i in range(num_frames):
-        path = [means[i] for means in by_offset[: span - 1] if i < len(means)]  # K̄_{i→i+1}, K̄_{i→i+2}, …: (N, D)
+    for anchor in range(num_frames):
+        path = [p for p, (i, j) in enumerate(pairs) if i == anchor and j - i < span]
         if len(path) > 1:
-            change = torch.stack(path).diff(dim=0)  # (targets−1, N, D)
+            change = key_mean[path].diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
             norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)
             loss = loss + norm.mean()
     return loss / num_frames
 
 
-def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
-    """L_total = λ_AMF·L_AMF + λ_window·L_window (eq. 8): (total, L_AMF, L_window), scalars."""
+def motion_losses(reference, generated, *, num_frames, config):
+    """L_total = λ_AMF·L_AMF + λ_window·L_window (eq. 8) of two readings of motion_features.
+
+    Returns scalars: the total, which is minimised, L_AMF and L_window, which are reported.
+    """
+    (flow_ref, _), (flow_gen, key_mean) = reference, generated
     amf = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha)
     window = window_loss(key_mean, num_frames=num_frames, span=config.span, squared=config.squared)
     return config.lambda_amf * amf + config.lambda_window * window, amf, window
@@ -221,9 +266,12 @@ def motion_losses(flow_ref, flow_gen, key_mean, *, num_frames, config):
 def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
-    objective: x -> scalar, called ⌈steps/interval⌉ times. lr: the first and the last, linear between. Returns a new x.
+    objective: x -> scalar, called ⌈steps/interval⌉ times. lr: the first and the last, linear between. Returns a new x,
+    fp32 or better, as bf16 would round most steps away. Raises RuntimeError under torch.inference_mode.
     """
-    x = x.detach().clone().requires_grad_(True)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True).requires_grad_(True)
     optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
@@ -243,13 +291,18 @@ def match_noise(latents, noise, sigma):
     return (1 - sigma) * latents + sigma * noise
 
 
-def motion_features(dit, x, sigma, context, config, *, checkpoint=False, **options):
-    """attention_motion_flow of latents x (1, C, F, h, w) at noise level sigma; options go to it, such as entropy."""
+def motion_features(dit, x, sigma, context, config, **options):
+    """attention_motion_flow of latents x (1, C, F, h, w) at noise level sigma; options go to dit.qk."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
     t = torch.full((1,), 1000 * sigma, device=x.device)
-    q, k = dit.qk(x, t, context, config.block, checkpoint=checkpoint)
-    options |= {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
-    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), **options)
+    q, k = dit.qk(x, t, context, config.block, **options)  # (1, F·H·W, heads, D) each
+    settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
+    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), **settings)
+
+
+def euler_step(velocity, x, sigma, next_sigma):
+    """Latents at next_sigma from those at sigma, by Euler's method; velocity(x, sigma) has CFG inside."""
+    return x + (next_sigma - sigma) * velocity(x, sigma)
 
 
 def guided_steps(num_steps, config):
@@ -257,51 +310,60 @@ def guided_steps(num_steps, config):
     return math.ceil(config.guided_fraction * num_steps - 1e-9)  # 0.07·100 is 7.000000000000001
 
 
-def guide(dit, x, sigma, context, flow_ref, config, *, checkpoint=False):
-    """Algorithm 1's Optimization: the new x, and the losses (gradients, 3) of eq. 8: total, AMF, window."""
-    losses = []
+def guide(x, sigma, reference, read, losses, config, num_frames):
+    """Algorithm 1's Optimization: x moved so that read(x, sigma) comes near the reference's reading.
+
+    Returns the new x, and what `losses` returned at each gradient: (gradients, scalars).
+    """
+    history = []
 
     def objective(x):
-        flow, key_mean = motion_features(dit, x, sigma, context, config, checkpoint=checkpoint)
-        loss = motion_losses(flow_ref, flow, key_mean, num_frames=x.shape[2] // dit.patch_size[0], config=config)
-        losses.append(torch.stack(loss).detach())
-        return loss[0]
+        scalars = losses(reference, read(x, sigma), num_frames=num_frames, config=config)
+        history.append(torch.stack(scalars).detach())
+        return scalars[0]
 
     x = optimize_latent(x, objective, steps=config.inner_steps, interval=config.interval, lr=config.lr)
-    return x, torch.stack(losses)
+    return x, torch.stack(history)
 
 
 @torch.no_grad()
-def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, velocity_interval=1, reference=None, null=None,
-           config=MotionConfig(), checkpoint=False, callback=lambda step, x, losses: None):  # fmt: skip
-    """Euler sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
+def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None, config=MotionConfig(),
+           features=motion_features, losses=motion_losses, step=euler_step, checkpoint=False,
+           callback=lambda number, x, history: None):  # fmt: skip
+    """Sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
 
     dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
     (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
-    latents or None. velocity_interval: after config's guided steps only every such step computes a velocity, others
-    reuse it. checkpoint: see DiT.qk. callback follows each step, with guide's losses or None. Returns latents.
+    latents or None. features, losses, step: called as the defaults are; losses' first scalar is minimised. A multistep
+    sampler must know that guidance moved x: velocities of earlier steps belong to another latent. checkpoint: see
+    DiT.qk. callback follows each step, with guide's history or None. Returns latents. Raises ValueError.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
-    sigmas, x, guided = sigmas.tolist(), noise.float(), guided_steps(len(sigmas) - 1, config)
-    if reference is not None:
-        noise, reference = x, reference.float()
-        x = match_noise(reference, noise, sigmas[0])
-    for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
-        losses = None
-        if step < guided and reference is not None:
-            if step == 0 or config.ref_noise == "match":
+    sigmas, noise = sigmas.tolist(), noise.float()
+    guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
+    x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])
+
+    def read(x, sigma):
+        return features(dit, x, sigma, context, config, checkpoint=checkpoint)
+
+    def velocity(x, sigma):
+        t = torch.full((1,), 1000 * sigma, device=x.device)
+        v = dit(x, t, context)
+        if cfg_scale == 1:
+            return v
+        v_negative = dit(x, t, negative)
+        return v_negative + cfg_scale * (v - v_negative)
+
+    for number, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
+        history = None
+        if number < guided:
+            if number == 0 or config.ref_noise == "match":
                 level = sigma if config.ref_noise == "match" else config.ref_noise
-                flow_ref, _ = motion_features(dit, match_noise(reference, noise, level), level, null, config)
-            x, losses = guide(dit, x, sigma, context, flow_ref, config, checkpoint=checkpoint)
-        if step < guided or (step - guided) % velocity_interval == 0:
-            t = torch.full((1,), 1000 * sigma, device=x.device)
-            v = dit(x, t, context)
-            if cfg_scale != 1:
-                v_negative = dit(x, t, negative)
-                v = v_negative + cfg_scale * (v - v_negative)
-        x = x + (next_sigma - sigma) * v
-        callback(step, x, losses)
+                reading = features(dit, match_noise(reference.float(), noise, level), level, null, config)
+            x, history = guide(x, sigma, reading, read, losses, config, x.shape[2] // dit.patch_size[0])
+        x = step(velocity, x, sigma, next_sigma)
+        callback(number, x, history)
     return x
 
 
@@ -309,6 +371,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, velocity_int
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import re
@@ -319,14 +382,12 @@ from pathlib import Path
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from tqdm import tqdm
 
 import wan_min
 
-MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
 DEMO = ["-f", "lavfi", "-i", "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"]  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
 
@@ -423,49 +484,21 @@ def write_video(path, video, fps, comment=""):
         part.unlink(missing_ok=True)
 
 
-def flow_agreement(flow_ref, flow_gen, moving=0.5):
-    """Cosine and error in tokens of flows (P, H, W, 2), where the reference moves by over `moving` (NaN: nowhere)."""
-    ref, gen = (flow[flow_ref.norm(dim=-1) > moving] for flow in (flow_ref, flow_gen))
-    return F.cosine_similarity(ref, gen, dim=-1).mean().item(), (ref - gen).norm(dim=-1).mean().item()
-
-
-def compare_video(clips, flows):
-    """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
-
-    clips: name -> (1, 3, T, h, w) in [-1, 1], drawn z times as large; flows: AMF (F−1, H, W, 2) of offset 1 of each.
-    """
-    videos = torch.cat([clip.float().cpu() for clip in clips.values()])
-    zoom = math.ceil(240 / videos.shape[3])
-    videos = repeat(videos, "n c t h w -> n c t (h a) (w b)", a=zoom, b=zoom)
-    flows = torch.stack(list(flows)).cpu()
-    length = flows.norm(dim=-1, keepdim=True)
-    direction, thirds = torch.atan2(flows[..., :1], flows[..., 1:]), torch.tensor([0, 2, 4]) * (math.pi / 3)
-    color = (direction - thirds).cos() * (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)  # RGB
-    motions = F.interpolate(rearrange(color, "n f h w c -> n c f h w"), videos.shape[2:], mode="nearest")
-    (n, _, frames, _, width), legend = videos.shape, "motion: red right, green down, cyan left, violet up"
-    strip = Image.new("RGB", (n * width, 42))
-    for column, name in enumerate(clips):
-        ImageDraw.Draw(strip).text((column * width + 6, 3), f"{name}\n{legend}", font=ImageFont.load_default(14))
-    strip = repeat(torch.from_numpy(np.array(strip)) / 127.5 - 1, "h w c -> c t h w", t=frames)
-    return torch.cat([strip, rearrange([videos, motions], "two n c t h w -> c t (two h) (n w)")], dim=2)[None]
-
-
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-PRESETS = {  # settings that people compare; what a setting cannot say is in the README
+PRESETS = {
     "paper": {"ref_noise": "match", "strength": 1.0, "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
-    # The authors' example; its L_AMF sums over the 1560 tokens of 480x832, so that its window loss weighs 1/1560.
+    # The authors' example. Its L_AMF sums over the 1560 tokens of 480x832, so the window loss weighs 1/1560.
     "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "lambda_window": 1 / 1560, "lr": (0.003, 0.0021),
                 "fps": 15.0},
-    # DiTFlow (arXiv 2412.07776) and its code's guidance_config.yaml.
-    "ditflow": {"ref_noise": 0.0, "window": None, "span": 20, "alpha": 0.0, "tau": 2.0, "lambda_window": 0.0,
-                "inner_steps": 5, "interval": 1, "lr": (0.002, 0.001)},
 }  # fmt: skip
 
 
 def HxW(text):  # argparse shows these names
-    height, width = (round(int(side) / 16) * 16 for side in text.lower().split("x"))
-    return max(height, 32), max(width, 32)
+    height, width = map(int, text.lower().split("x"))
+    if min(height, width) < 32:
+        raise argparse.ArgumentTypeError(f"{text} has a side below 32")
+    return height, width
 
 
 def int_or_none(text):
@@ -483,73 +516,81 @@ def build_parser():
 
     parser = Parser(prog="fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     description="Give a video of the prompt the motion of a reference video.")  # fmt: skip
-    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--ref", help="reference: a video, a folder of pictures, or 'demo' for a made-up clip")
+    add = parser.add_argument
+    add("--ref", help="reference: a video, a folder of pictures, or 'demo', a made-up clip")
     add("--prompt", help="what the new video shows")
+    add("--negative-prompt", default="", help="what to steer away from; the model's own if not given")
     add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
-    add("--compare", type=Path, help="also write this mp4: reference and result side by side, the motion of each below")
-    add("--plain", **switch, help="show plain generation in --compare too, at the cost of its own steps")
+    add("--compare", type=Path, help="also write this mp4: reference and result side by side")
+    add("--decode", type=Path, help="the latents that a stopped run kept, to finish it with its flags")
     add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
-    add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
-    add("--preset", choices=PRESETS, help="settings to compare with: the paper's, its release's, DiTFlow's")
-    add("--size", type=HxW, help="of the output, HxW; if not given the model's own, turned like the reference")
-    add("--frames", type=int, default=81, help="use at most this many frames, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", type=float, help="frames per second of reference and output; if not given the model's own")
+    add("--preset", choices=PRESETS, help="settings of the paper or of its release")
+    add("--size", type=HxW, help="rows x columns, in 16s; the model's own, turned like the reference, if not given")
+    add("--frames", type=int, default=81, help="at most this many, rounded down to 4k+1 (Sec. 4.1)")
+    add("--fps", type=float, help="of reference and result; the model's own if not given")
     add("--start", type=float, default=0.0, help="seconds into the reference")
     add("--seed", type=int, default=0, help="of the initial noise, the same on every device")
     add("--no-transfer", action="store_true", help="generate plainly, from pure noise")
-    add("--decode", type=Path, help="finish a stopped run: its flags, and the latents that it kept (deleted when done)")
-    add("--negative-prompt", default="", help="what to steer away from; if not given the model's own")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add("--device", default=device, help="torch device")
-    add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; if not given bf16 on a GPU, fp32 on CPU")
+    add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; bf16 on a GPU, fp32 on CPU if not given")
     add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
-    add("--offload", action="store_true", help="keep the blocks' weights in host memory and stream them to the device")
-    add("--vae-tiles", **switch, help="encode and decode in tiles of 30x52 latents always (Sec. 4.1)")
-    add("--compile", action="store_true", help="compile the DiT's blocks with torch.compile")
+    add("--offload", action="store_true", help="stream the blocks' weights from host memory")
+    add("--vae-tiles", action=argparse.BooleanOptionalAction, default=False, help="of 30x52 latents (Sec. 4.1)")
+    add("--compile", action="store_true", help="torch.compile the DiT's blocks")
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
     add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
     add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
     add("--velocity-interval", type=int, default=1, help="steps after the guided ones that share one velocity")
     add("--strength", type=float, default=1.0, help="below 1, start from the noised reference (authors' code: 0.75)")
+    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(MotionConfig), re.M))  # its comments
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
-        example, nargs = (f.default[0], 2) if isinstance(f.default, tuple) else (f.default, None)
-        value = {"type": types.get(f.name, type(example)), "nargs": nargs, "default": f.default}
-        options = {"action": "store_true"} if example is False else value
-        add("--" + f.name.replace("_", "-"), help=f.metadata["help"], **options)
+        options = {"type": types.get(f.name, type(f.default))}
+        if f.default is False:
+            options = {"action": "store_true"}
+        elif isinstance(f.default, tuple):
+            options = {"type": type([*f.default, 0.0][0]), "nargs": len(f.default) or "*"}
+        add("--" + f.name.replace("_", "-"), default=f.default, help=texts[f.name], **options)
     return parser
 
 
-def parse_arguments(argv, parser=None):
-    """The flags, the method's settings and the wan_min.Model; its defaults and a preset's yield to any flag."""
+def parse_arguments(argv, parser=None, **options):
+    """The flags, the method's settings and the wan_min.Model, opened with the options.
+
+    Flags override a preset, which overrides the model's defaults.
+    """
     parser = parser or build_parser()
-    args = parser.parse_args(argv)  # what is wrong in itself is told before a model is looked for
-    limits = {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1), "steps": (1, 10**4),
-              "shift": (0.001, 1000), "strength": (0.001, 1), "velocity_interval": (1, 10**4)}  # fmt: skip
-    for name, (low, high) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value} is not between {low} and {high}")
+    args = parser.parse_args(argv)  # what is wrong in itself is reported before a model is looked for
+    check_limits(vars(args), {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1),
+                              "steps": (1, 10**4), "shift": (0.001, 1000), "strength": (0.001, 1),
+                              "velocity_interval": (1, 10**4)})  # fmt: skip
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
     full = args.dtype == "fp32" or args.dtype is None and device.type == "cpu"
+    dtype = torch.float32 if full else torch.bfloat16
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
-    model = source.open_model(args.model, device, torch.float32 if full else torch.bfloat16, offload=args.offload,
-                              random_weights=args.random_weights)  # fmt: skip
+    model = source.open_model(args.model, device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args = parser.parse_args(argv)
     if args.block > model.blocks:
         raise UserError(f"--block {args.block} is outside the model's 1 to {model.blocks}")
-    values = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
-    config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    settings = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
+    config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     return args, config, model
 
 
+def canvas(args, model):
+    """Rows and columns of the result in 16s, and whether a portrait reference turns them."""
+    if args.size:
+        return tuple(round(side / 16) * 16 for side in args.size), False
+    return model.canvases[0], model.canvases[0][::-1] in model.canvases
+
+
 def check_arguments(args, kept):
-    """UserError or OSError for what can be told to be wrong before anything is read or loaded."""
+    """UserError or OSError for what can be seen to be wrong before anything is read or loaded."""
     if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
         raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
     if args.compile and args.offload:
@@ -561,7 +602,7 @@ def check_arguments(args, kept):
     for path in (kept, *outputs):
         partial_path(path).touch()  # OSError where it cannot be written
         partial_path(path).unlink()
-        if os.path.isdir(path):
+        if path.is_dir():
             raise UserError(f"{path} is a folder")
     if kept.exists() and not args.decode:
         raise UserError(f"{kept} is what a stopped run kept: --decode it, move it or delete it")
@@ -569,84 +610,104 @@ def check_arguments(args, kept):
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
 
-def generate(args, config, dit, noise, contexts, reference):
-    """Latents guided by the reference or, without one, plainly made from pure noise; shows its progress."""
-    strength, guided = (1.0, 0) if reference is None else (args.strength, guided_steps(args.steps, config))
-    sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
-    if guided:
-        print(f"guiding steps 1 to {guided} of {args.steps}, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}", flush=True)
+def reuse_velocities(step, guided, interval):
+    """A sampler's step that after the guided steps computes every interval-th velocity and reuses it in between."""
+    count, last = 0, None
 
-    def callback(step, x, losses):
+    def reusing(velocity, x, sigma, next_sigma):
+        nonlocal count
+        computed = count < guided or (count - guided) % interval == 0
+        count += 1
+
+        def kept(x, sigma):
+            nonlocal last
+            last = velocity(x, sigma) if computed else last
+            return last
+
+        return step(kept, x, sigma, next_sigma)
+
+    return reusing
+
+
+def generate(args, config, dit, noise, contexts, reference, step=euler_step, **seams):
+    """Latents guided by the reference or, without one, plainly made from pure noise; shows its progress.
+
+    seams: features and losses of `sample`.
+    """
+    sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
+    guided = guided_steps(args.steps, config)
+    if guided and reference is not None:
+        print(f"guiding steps 1 to {guided} of {args.steps}, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}")
+
+    def attempt(checkpoint):
+        return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,
+                      null=contexts[2], config=config, checkpoint=checkpoint, callback=callback,
+                      step=reuse_velocities(step, guided, args.velocity_interval), **seams)  # fmt: skip
+
+    def callback(number, x, history):
         if not torch.isfinite(x).all():
-            raise UserError(f"the latent is not finite after step {step + 1} of {args.steps}; try --dtype fp32")
-        bar.set_postfix(zip(("loss", "AMF", "window"), [] if losses is None else losses[-1].tolist()))
-        bar.update(step + 1 - bar.n)
+            raise UserError(f"the latent is not finite after step {number + 1} of {args.steps}; try --dtype fp32")
+        bar.set_postfix(zip(("loss", "AMF", "window"), [] if history is None else history[-1].tolist()))
+        bar.update(number + 1 - bar.n)
 
+    checkpoint = "full" if args.offload else args.checkpoint == "on"
     with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
-        for checkpoint in ("full" if args.offload else args.checkpoint == "on", True):
-            try:
-                return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,
-                              velocity_interval=args.velocity_interval, null=contexts[2], config=config,
-                              checkpoint=checkpoint, callback=callback)  # fmt: skip
-            except RuntimeError as error:
-                if checkpoint or args.checkpoint == "off" or reference is None or not wan_min.out_of_memory(error):
-                    raise
-            print("out of memory: again with --checkpoint on", flush=True)  # here the failed try's tensors are free
+        try:
+            return attempt(checkpoint)
+        except RuntimeError as error:
+            if checkpoint or args.checkpoint == "off" or reference is None or not wan_min.out_of_memory(error):
+                raise
+        print("out of memory: again with --checkpoint on")  # here the failed attempt's tensors are free
+        return attempt(True)
 
 
 @torch.no_grad()
-def run(args, config, model):
+def run(args, config, model, **seams):
     """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
-    saved, fps = load(kept.read_bytes()) if args.decode else {}, args.fps or model.fps
-    progress = partial(tqdm, leave=False, disable=None)
-    size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
+    (size, turn), fps = canvas(args, model), args.fps or model.fps
     read = model.demo if args.ref == "demo" and model.demo else read_video
     video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
-    record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__}
-    record = json.dumps(record | {"ref": os.path.basename(args.ref)}, default=os.path.basename)
     notices = {
         f"only {video.shape[2]} frames: the reference is shorter than --frames": video.shape[2] < args.frames - 3,
         f"the model was trained on clips of up to {model.max_frames} frames": video.shape[2] > model.max_frames,
+        "--size is rounded to {}x{}".format(*size): args.size and args.size != size,
         "--size is rows x columns: this is a portrait video": size in model.canvases[1:] and not turn,
     }
-    print(*(text for text, holds in notices.items() if holds), "encoding the prompts", sep="\n", flush=True)
-    contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
-    print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps), flush=True)
-    codec = model.load_codec(args.vae_tiles)
-    reference = codec.encode(video.to(args.device), progress=progress)
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
-    if saved and saved.get("result", noise[0]).shape != noise.shape:
-        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
-    print("loading the DiT", flush=True)
-    dit = model.load_dit(progress)
-    for n in range(model.blocks if args.compile else 0):
-        dit.blocks[n].compile()
-    results = {name: x.to(args.device) for name, x in saved.items()}
-    if not results:
-        if args.plain and args.compare and not args.no_transfer:
-            results["plain"] = generate(args, config, dit, noise, contexts, None)
-        results["result"] = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference)
-        save_file({name: x.cpu() for name, x in results.items()}, partial_path(kept))
+    for notice in (text for text, holds in notices.items() if holds):
+        print(notice)
+    codec, progress = model.load_codec(args.vae_tiles), partial(tqdm, leave=False, disable=None)
+    if args.decode:
+        latents = load(kept.read_bytes())["result"].to(args.device)
+    else:
+        print("encoding the prompts")
+        contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
+        print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps))
+        reference = codec.encode(video.to(args.device), progress=progress)
+        noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
+        print("loading the DiT")
+        dit = model.load_dit(progress)
+        for block in dit.blocks if args.compile else ():
+            block.compile()
+        latents = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference, **seams)
+        del dit  # the decoder needs the memory
+        save_file({"result": latents.cpu()}, partial_path(kept))
         partial_path(kept).replace(kept)  # a file that is there is whole
-        print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it", flush=True)
-    features = partial(motion_features, dit, sigma=MEASURE_SIGMA, context=contexts[2], config=config)
-    measured = {name: match_noise(x, noise, MEASURE_SIGMA) for name, x in [("reference", reference), *results.items()]}
-    flows = {name: features(x)[0] for name, x in measured.items()}
-    entropy = 100 * features(measured["reference"], entropy=True)[0].mean()
-    offset_1 = noise.shape[2] // dit.patch_size[0] - 1  # pairs of neighbouring frames, which come first
-    del dit, features  # the decoder needs the memory
-    clips = {"reference": video, **{name: codec.decode(x, progress=progress) for name, x in results.items()}}
-    write_video(args.out, clips["result"], fps, record)
+        print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it")
+    result = codec.decode(latents, progress=progress)
+    if result.shape != video.shape:
+        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
+    record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__,
+                           "ref": os.path.basename(args.ref), "vae_tiles": codec.vae_tiles}  # fmt: skip
+    record = json.dumps(record, default=os.path.basename)
+    write_video(args.out, result, fps, record)
     if args.compare:
-        write_video(args.compare, compare_video(clips, [flow[:offset_1] for flow in flows.values()]), fps, record)
+        pair, zoom = torch.cat([video, result.to(video)], dim=-1), math.ceil(240 / video.shape[3])
+        write_video(args.compare, repeat(pair, "b c t h w -> b c t (h y) (w x)", y=zoom, x=zoom), fps, record)
     kept.unlink()
     print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
-    cosine, error = flow_agreement(flows["reference"], flows["result"])
-    print(f"flow of the result where the reference moves (nan: nowhere): cosine {cosine:.3f}, error {error:.2f} tokens")
-    print(f"entropy of the reference's attention over its windows: {entropy:.0f} % of uniform")
-    for name, clip in clips.items() if model.describe_motion else ():
+    for name, clip in {"reference": video, "result": result}.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 
 
@@ -654,17 +715,17 @@ def explain(error):
     """Exit code and one line for what the user can set right; raises any other error."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(error, (UserError, wan_min.ModelError, OSError, SafetensorError)):
+    if isinstance(error, (UserError, wan_min.ModelError, OSError, SafetensorError, ModuleNotFoundError)):
         return 2, " ".join(str(error).split())
     if wan_min.out_of_memory(error):
         return 1, "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
     raise error
 
 
-def main(argv=None):
-    """The command line; returns the exit code."""
+def main(argv=None, **seams):
+    """The command line, with features, losses and step of `sample`; returns the exit code."""
     try:
-        run(*parse_arguments(argv))
+        run(*parse_arguments(argv), **seams)
         return 0
     except BrokenPipeError:  # as of `| head`
         os._exit(1)
@@ -676,5 +737,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may not know σ
+        stream.reconfigure(errors="replace", line_buffering=True)  # a console may not know σ
     sys.exit(main())

@@ -268,8 +268,12 @@ class CausalConv3d(nn.Conv3d):
             past = cache.get(self)
             past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:]) if past is None else past
             x = torch.cat([past, x], dim=2)
-            cache[self] = x[:, :, -self.history :].clone()  # a view would keep the whole chunk alive
+            self.remember(x, cache)
         return super().forward(x)
+
+    def remember(self, x, cache):
+        """Keep of x what the next chunk looks back at; None: that chunk starts from zeros."""
+        cache[self] = None if x is None else x[:, :, -self.history :].clone()  # a view would keep all of x alive
 
 
 class ChannelNorm(nn.Module):
@@ -344,7 +348,7 @@ class Resample(nn.Module):
             x = self.time_conv(x, cache)
             x = x if self.down else rearrange(x, "b (two c) t h w -> b c (t two) h w", two=2)
         elif self.time_conv:
-            cache[self.time_conv] = x if self.down else None  # up, what follows the first frame starts from zeros
+            self.time_conv.remember(x if self.down else None, cache)  # up, what follows it starts from zeros
         return x if self.down else per_frame(self.resample, x)
 
 
@@ -429,14 +433,26 @@ class VAE(nn.Module):
         return self.tiled(Layers(self.conv2, self.decoder), x, out, tile, stride, progress).clamp_(-1, 1)
 
 
-def whole_where_it_fits(convert, x, progress=iter):
-    """VAE.encode or decode of the whole frame or, where memory does not suffice for that, of tiles."""
-    try:
-        return convert(x, tile=None, progress=progress)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-    return convert(x, progress=progress)  # not in the handler: the error holds the first attempt's tensors
+def make_codec(vae, vae_tiles=False):
+    """What has encode(x, progress=iter) and decode of a VAE: of whole frames, or, once one does not fit, of tiles.
+
+    Its attribute vae_tiles says whether tiles were used.
+    """
+    codec = SimpleNamespace(vae_tiles=vae_tiles)
+
+    def fit(convert, x, progress=iter):
+        if not codec.vae_tiles:
+            try:
+                return convert(x, tile=None, progress=progress)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            codec.vae_tiles = True  # not in the handler: the error holds the first attempt's tensors
+            print("out of memory: the VAE goes on in tiles")
+        return convert(x, progress=progress)
+
+    codec.encode, codec.decode = partial(fit, vae.encode), partial(fit, vae.decode)
+    return codec
 
 
 # ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
@@ -524,7 +540,7 @@ class Model(NamedTuple):
 
     blocks: int  # DiT blocks
     encode_prompts: Callable  # list of n prompts -> contexts (n, L, text_dim); loads and frees the text encoder
-    load_codec: Callable  # (vae_tiles=False) -> what has encode(video, progress=iter), decode(latents, progress=iter)
+    load_codec: Callable  # (vae_tiles=False) -> what has encode and decode(x, progress=iter), and vae_tiles: was tiled
     load_dit: Callable  # (progress=iter) -> DiT: velocity by call, `qk`, `patch_size`, `blocks`
     canvases: tuple  # sizes (H, W) in pixels that it was trained at, the default first
     max_frames: int  # the longest clip it was trained at
@@ -556,9 +572,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         return encode_prompts(prompts, fetch(), device, offload)
 
     def load_codec(vae_tiles=False):
-        vae = load_part(VAE, device)
-        encode, decode = (partial(whole_where_it_fits, convert) for convert in (vae.encode, vae.decode))
-        return vae if vae_tiles else SimpleNamespace(encode=encode, decode=decode)
+        return make_codec(load_part(VAE, device), vae_tiles)
 
     def load_dit(progress=iter):
         dit = load_part(DiT, "cpu" if offload else device, progress)

@@ -131,12 +131,12 @@ def dit_phases(dit, noise, context, config, checkpoint):
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
     features = partial(fastvmt.motion_features, dit, sigma=0.9, context=context, config=config)
     flow_settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
-    flow_ref, t = torch.zeros(2, device=noise.device), torch.full((1,), 900.0, device=noise.device)
+    reading, t = (torch.zeros(2, device=noise.device), None), torch.full((1,), 900.0, device=noise.device)
     QK = torch.randn(2, *grid, dit.head.head.in_features // dit.num_heads, device=noise.device)
 
     def gradient(x, read):
         def objective(x):
-            return fastvmt.motion_losses(flow_ref, *read(x), num_frames=grid[0], config=config)[0]
+            return fastvmt.motion_losses(reading, read(x), num_frames=grid[0], config=config)[0]
 
         return fastvmt.optimize_latent(x, objective, steps=1)
 
@@ -165,7 +165,7 @@ def run_counts(args):
 
 def latent_shape(args, model):
     """Shapes of a run's video and latents."""
-    (height, width), frames = args.size or model.canvases[0], (args.frames - 1) // 4 + 1
+    ((height, width), _), frames = fastvmt.canvas(args, model), (args.frames - 1) // 4 + 1
     return (1, 3, 4 * frames - 3, height, width), (1, 16, frames, height // 8, width // 8)
 
 

@@ -6,13 +6,16 @@ python -m lab.effect --readings  # errors of the references' flow, read in sever
 """
 
 import argparse
+import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw, ImageFont
 
 import fastvmt
 import wan_min
@@ -89,11 +92,15 @@ def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
     video, scene, prompt = toy.held_out_of_kind(seed, camera)
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
-    sample = partial(fastvmt.sample, dit, noise, cfg_scale=args.cfg_scale, velocity_interval=args.velocity_interval,
-                     config=config)  # fmt: skip
-    plain = sample(wan_min.flow_sigmas(args.steps, args.shift), context, negative)
-    sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)
-    guided = sample(sigmas, context, negative, reference=reference, null=null)
+
+    def sample(strength, **options):
+        guided = fastvmt.guided_steps(args.steps, config)
+        step = fastvmt.reuse_velocities(fastvmt.euler_step, guided, args.velocity_interval)
+        sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
+        return fastvmt.sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, config=config, step=step,
+                              **options)  # fmt: skip
+
+    plain, guided = sample(1.0), sample(args.strength, reference=reference, null=null)
     return video, scene, prompt, [toy.decode(result)[0] for result in (plain, guided)]
 
 
@@ -182,6 +189,27 @@ def figure(dit, args, config, path, seeds):
         rows.append(torch.cat(clips, dim=3))
     pixels = ((torch.cat(rows, dim=2) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
     iio.imwrite(path, pixels.numpy(), duration=150, loop=0)
+
+
+def compare_video(clips, flows):
+    """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
+
+    clips: name -> (1, 3, T, h, w) in [-1, 1], drawn z times as large; flows: AMF (F−1, H, W, 2) of offset 1 of each.
+    """
+    videos = torch.cat([clip.float().cpu() for clip in clips.values()])
+    zoom = math.ceil(240 / videos.shape[3])
+    videos = repeat(videos, "n c t h w -> n c t (h a) (w b)", a=zoom, b=zoom)
+    flows = torch.stack(list(flows)).cpu()
+    length = flows.norm(dim=-1, keepdim=True)
+    direction, thirds = torch.atan2(flows[..., :1], flows[..., 1:]), torch.tensor([0, 2, 4]) * (math.pi / 3)
+    color = (direction - thirds).cos() * (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)  # RGB
+    motions = F.interpolate(rearrange(color, "n f h w c -> n c f h w"), videos.shape[2:], mode="nearest")
+    (n, _, frames, _, width), legend = videos.shape, "motion: red right, green down, cyan left, violet up"
+    strip = Image.new("RGB", (n * width, 42))
+    for column, name in enumerate(clips):
+        ImageDraw.Draw(strip).text((column * width + 6, 3), f"{name}\n{legend}", font=ImageFont.load_default(14))
+    strip = repeat(torch.from_numpy(np.array(strip)) / 127.5 - 1, "h w c -> c t h w", t=frames)
+    return torch.cat([strip, rearrange([videos, motions], "two n c t h w -> c t (two h) (n w)")], dim=2)[None]
 
 
 if __name__ == "__main__":

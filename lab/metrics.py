@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of the paper's Table 1: does the motion arrive, does the clip show its prompt, do its frames agree.
 
-Pure functions of tracks and of CLIP features; below them what makes tracks and features of a video. Shapes: N tracks,
-T frames, D feature channels. Positions are (row, column) in pixels.
+Pure functions of tracks, of the AMF and of CLIP features; below them what makes these of a video. Shapes: N tracks, T
+frames, D feature channels. Positions are (row, column), of tracks in pixels, of the AMF in tokens.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
+
+import fastvmt
+
+MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
 
 # ---- Motion ----------------------------------------------------------------------------------------------------------
 
@@ -49,6 +55,30 @@ def track_error(tracks_ref, tracks_gen):
     return (error.amin(0).mean() + error.amin(1).mean()) / 2
 
 
+def flow_agreement(flow_ref, flow_gen, moving=0.5):
+    """Cosine and error in tokens of flows (P, H, W, 2), where the reference moves by over `moving` (NaN: nowhere)."""
+    ref, gen = (flow[flow_ref.norm(dim=-1) > moving] for flow in (flow_ref, flow_gen))
+    return F.cosine_similarity(ref, gen, dim=-1).mean().item(), (ref - gen).norm(dim=-1).mean().item()
+
+
+def attention_entropy(Q, K, config):
+    """Mean entropy of the attention over the windows, as a share of uniform: scalar in [0, 1]; Q, K (F, H, W, D).
+
+    Near 1, as where heads disagree and average out, every flow drifts to the middle of its window.
+    """
+    num_frames, H, W, _ = Q.shape
+    size = (H, W) if config.window is None else (min(config.window, H), min(config.window, W))
+    queries, representatives = fastvmt.tile_tokens(Q, config.tile), fastvmt.tile_queries(Q, config.tile)
+    entropies = []
+    for i, j in zip(*(frames.split(1) for frames in fastvmt.frame_pairs(num_frames, config.span, Q.device))):
+        centers = fastvmt.window_centers(representatives[i], K[j], tau=config.tau, center=config.center)
+        windows = fastvmt.window_indices(centers, (H, W), size)
+        attention = fastvmt.window_attention(queries, K, i, j, windows, config.tau)  # (1, N, M, T)
+        entropy = -(attention * attention.clamp(min=1e-30).log()).sum(-2)  # (1, N, T); torch.special.entr lacks on MPS
+        entropies.append(fastvmt.untile_tokens(entropy[..., None], config.tile, (H, W)).mean())
+    return torch.stack(entropies).mean() / math.log(max(math.prod(size), 2))
+
+
 # ---- Prompt and frames -----------------------------------------------------------------------------------------------
 
 
@@ -62,7 +92,18 @@ def temporal_consistency(frames):
     return F.cosine_similarity(frames[1:], frames[:-1], dim=-1).mean()
 
 
-# ---- From videos to tracks and features ------------------------------------------------------------------------------
+# ---- From videos to flows, tracks and features -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def read_motion(dit, latents, noise, null, config):
+    """Flow (P, H, W, 2) of finished latents, and the entropy of the attention that it was read from: a scalar."""
+    grid = [length // patch for length, patch in zip(latents.shape[2:], dit.patch_size)]
+    x = fastvmt.match_noise(latents, noise, MEASURE_SIGMA)
+    q, k = dit.qk(x, torch.full((1,), 1000 * MEASURE_SIGMA, device=x.device), null, config.block)
+    Q, K = fastvmt.head_average(q[0], grid), fastvmt.head_average(k[0], grid)
+    settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
+    return fastvmt.attention_motion_flow(Q, K, **settings)[0], attention_entropy(Q, K, config)
 
 
 @torch.no_grad()

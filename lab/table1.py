@@ -41,7 +41,6 @@ ROWS = {  # name -> changes to the settings of the command line
     "clean reference": "ref_noise=0",
     "preset paper": "preset=paper",
     "preset release": "preset=release",
-    "preset ditflow": "preset=ditflow",
     "no transfer": "no_transfer",
 }
 PAPER = ("steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10, interval=3, lr=0.003 0.002, tau=1, "
@@ -59,7 +58,7 @@ ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o s
             "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
-OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "plain", "decode", "rows", "clips",
+OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "compare", "decode", "rows", "clips",
           "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
@@ -125,7 +124,7 @@ def make_clips(args, model):
     if not prompts or not refs[0]:
         raise fastvmt.UserError("--refs or --prompts are missing or empty")
 
-    size, turn = args.size or model.canvases[0], not args.size and model.canvases[0][::-1] in model.canvases
+    size, turn = fastvmt.canvas(args, model)
     read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=args.fps or model.fps, start=args.start,
                    turn=turn)  # fmt: skip
     return [Clip(ref.rstrip("/"), args.seed, prompts, partial(read, ref)) for ref in refs]
@@ -149,12 +148,11 @@ def run_row(dit, counts, noise, reference, contexts, row):
     }  # fmt: skip
 
 
-def flow_columns(measure, latents, flow_ref, num_frames, row, args):
-    """{column: value} of the flow of a result, read with args' settings, whatever the row's, so that rows compare."""
-    flow, entropy = measure(latents, args.config), measure(latents, row.config, entropy=True)
+def flow_columns(flow_ref, flow, entropy, num_frames, args):
+    """{column: value} of the flow of a result."""
     loss = fastvmt.amf_loss(flow_ref, flow, num_frames=num_frames, span=args.span, alpha=args.alpha)
-    return {"L_AMF": loss.item(), "flow cosine": fastvmt.flow_agreement(flow_ref, flow)[0],
-            "entropy": entropy.mean().item()}  # fmt: skip
+    cosine, error = metrics.flow_agreement(flow_ref, flow)
+    return {"L_AMF": loss.item(), "flow cosine": cosine, "flow error, tokens": error, "entropy": entropy.item()}
 
 
 def motion_columns(tracker, reference):
@@ -227,11 +225,8 @@ def compute(rows, clips, args, model):
         reference = codec.encode(video.to(device))
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
 
-        def measure(latents, config, noise=noise, **options):
-            x = fastvmt.match_noise(latents, noise, fastvmt.MEASURE_SIGMA)
-            return fastvmt.motion_features(dit, x, fastvmt.MEASURE_SIGMA, contexts[""], config, **options)[0]
-
-        flow_ref = measure(reference, args.config)
+        flow_ref, _ = metrics.read_motion(dit, reference, noise, contexts[""], args.config)
+        offset_1, shown = noise.shape[2] // dit.patch_size[0] - 1, {}  # how many pairs of neighbours come first
         for _, key, name in jobs_of_clip:
             row, prompt = rows[name], key[2]
             inputs = noise, reference, (contexts[prompt], contexts[row.negative_prompt], contexts[""])
@@ -240,7 +235,10 @@ def compute(rows, clips, args, model):
                 run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | short))
                 warm = True
             latents, columns = run_row(dit, counts, *inputs, row)
-            columns |= flow_columns(measure, latents, flow_ref, noise.shape[2] // dit.patch_size[0], row, args)
+            # The flow with args' settings, whatever the row's, so that rows compare; the entropy with the row's.
+            flow, _ = metrics.read_motion(dit, latents, noise, contexts[""], args.config)
+            _, entropy = metrics.read_motion(dit, latents, noise, contexts[""], row.config)
+            columns |= flow_columns(flow_ref, flow, entropy, offset_1 + 1, args)
             line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
             result = codec.decode(latents) if clip.scene or others or args.keep_videos else None
             if clip.scene:
@@ -251,9 +249,15 @@ def compute(rows, clips, args, model):
             if args.keep_videos:
                 line["video"] = f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.mp4"
                 fastvmt.write_video(args.out / line["video"], result, args.fps or model.fps, json.dumps(line))
+                shown.setdefault(prompt, {"reference": (video, flow_ref)})[name] = result, flow
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{clip.name}, {name}: {columns['total s']:.1f} s", flush=True)
+        for prompt, results in shown.items():
+            name = hashlib.sha256(repr((clip.name, prompt, clip.seed)).encode()).hexdigest()[:12]
+            clips_shown = {row: video for row, (video, _) in results.items()}
+            picture = effect.compare_video(clips_shown, [flow[:offset_1] for _, flow in results.values()])
+            fastvmt.write_video(args.out / f"compare-{name}.mp4", picture, args.fps or model.fps, prompt)
 
 
 # ---- Table -----------------------------------------------------------------------------------------------------------
@@ -306,16 +310,18 @@ def parse_arguments(argv):
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
         "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README)")  # fmt: skip
-    add("--keep-videos", action="store_true", help="write each result's video to OUT")
+    add("--keep-videos", action="store_true", help="write each result's video to OUT, and one of all rows side by side "
+        "with their motion as colours")  # fmt: skip
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
+    add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
     add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, and the FLOPs of "
         "--rows, without a GPU")  # fmt: skip
     add("--bench", action="store_true", help="no table, but seconds, FLOP/s and memory of each part of a run, here")
     add("--peak-tflops", type=float, help="with --bench: the card's bf16 peak, if it is not a known card")
     parser.set_defaults(out=Path("table1"))
     flags = parser.parse_args(argv)
-    no_weights = ["--random-weights"] if flags.dry_run and flags.model != "toy" else []
-    args, config, model = fastvmt.parse_arguments([*argv, *no_weights], parser)
+    random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
+    args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
     args.config = config
     return args, model
 
