@@ -520,7 +520,7 @@ def test_seams_are_handed_what_they_need(dit, clip):
     """Features of any kind reach the losses as they are; the step's velocity has CFG inside."""
     noise, reference, context, negative, null = clip
     sigmas, seen = wan_min.flow_sigmas(4, 1.0, 0.8), []
-    config = dataclasses.replace(CONFIG, guided_fraction=0.5, inner_steps=4, interval=2, lr=(0.1, 0.1))
+    config = dataclasses.replace(CONFIG, guided_fraction=0.5, inner_steps=4, interval=2, lr=(0.001, 0.001))
 
     def features(dit, x, sigma, text, config, **options):
         seen.append(("features", sigma, text is null, options))
