@@ -198,12 +198,11 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     anchors, targets = frame_pairs(num_frames, span, Q.device)  # (P,) each
     chunk = max(1, max_logits // (H * W * math.prod(size)))  # a pair has a logit for each token and window token
     pairs = list(zip(anchors.split(chunk), targets.split(chunk)))
-    run = partial(recompute, use_reentrant=False, preserve_rng_state=False)
     autocast = torch.amp.is_autocast_available(Q.device.type)
     with torch.autocast(Q.device.type, enabled=False) if autocast else nullcontext():
         queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)  # (F, N, T, D), (F, N, D)
         if size == (H, W):
-            flow = torch.cat([run(frame_flow, Q, K, i, j, tau) for i, j in pairs])  # (P, H, W, 2)
+            flow = torch.cat([frame_flow(Q, K, i, j, tau) for i, j in pairs])  # (P, H, W, 2)
             return flow, repeat(K.mean((1, 2))[targets], "p d -> p n d", n=queries.shape[1])
         positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)
         tokens = tile_tokens(positions, tile)[0]  # (N, T, 2)
@@ -212,7 +211,8 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
             with torch.no_grad():
                 centers = window_centers(representatives[i], K[j], tau=tau, center=center)  # (chunk, N, 2)
                 windows = window_indices(centers, (H, W), size)  # (chunk, N, M)
-            flows.append(run(window_flow, queries, K, i, j, windows, tokens, tau))  # (chunk, N, T, 2)
+            flows.append(recompute(window_flow, queries, K, i, j, windows, tokens, tau, use_reentrant=False,
+                                   preserve_rng_state=False))  # (chunk, N, T, 2)  # fmt: skip
             corners.append(windows[..., 0])  # (chunk, N)
         key_mean = window_means(K, torch.cat(corners), targets, size)  # (P, N, D)
         return untile_tokens(torch.cat(flows), tile, (H, W)), key_mean
