@@ -566,7 +566,8 @@ def test_dry_run_and_bench(capsys, monkeypatch):
             "no_transfer, velocity_interval=3": (0, 0, 6)}  # fmt: skip
     # The release recomputes blocks 1 to 3 and, within each, queries, keys, values and their attention.
     block = attention + context + linear
-    again = 3 * (block + 4 * tokens * tokens * dim + 3 * 2 * tokens * dim * dim)
+    again = 3 * (block + name["self-attention"])
+    assert name["self-attention"] == 4 * tokens * tokens * dim + 3 * 2 * tokens * dim * dim
     whole = []
     for row, (gradients, references, velocities) in rows.items():
         guidance = gradients * name["gradient"] + references * name["reference pass"]
