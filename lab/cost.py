@@ -102,6 +102,8 @@ class Cost(TorchDispatchMode):
         self.live -= nbytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._to_copy.default and args[0].is_meta:
+            func = aten.empty_like.default  # torch 2.5 copies no meta tensor to another device
         out = func(*args, **kwargs or {})
         if func.overloadpacket in FORMULAS:
             self.flops += FORMULAS[func.overloadpacket](*args, **kwargs or {}, out_val=out)
@@ -193,11 +195,16 @@ def count(args, model):
         with torch.device("meta"):
             dit = wan_min.cast(wan_min.DiT(**arguments), dtype).requires_grad_(False)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            with patch.object(wan_min, "ThreadPoolExecutor", Inline):
+            with Cost(), patch.object(wan_min, "ThreadPoolExecutor", Inline):
                 dit = wan_min.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
             noise, context = torch.empty(shape), torch.empty(1, wan_min.TEXT_LENGTH, dit.text_embedding[0].in_features)
             for name, phase in dit_phases(dit, noise, context, config, checkpoint).items():
                 record(name, phase, [*dit.parameters(), noise, context])
+            if not checkpoint:  # what the release computes more than once
+                block, (tokens, _, shared) = dit.blocks[0], dit.embed(noise, torch.ones(1), context)
+                record("block", partial(block, tokens, *shared), ())
+                block.self_attn.o = torch.nn.Identity()  # its recomputation ends before the output projection
+                record("self-attention", partial(block.self_attn, *[tokens.to(dtype)] * 2, shared[2]), ())
     return flops, peaks
 
 
@@ -221,22 +228,24 @@ def dry_run(args, model, rows):
         tera, giga = [f"{x / 1e12:.4g}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
         tera, giga = tera + tera[:1] * (3 - len(tera)), giga + giga[:1] * (3 - len(giga))
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
-    # What an implementation pays whose guidance reads Q and K with a hook and lets the DiT run to its end, and what one
-    # pays, as the authors' release, that recomputes whole blocks as well.
-    yield "\n| run, PFLOP | guidance | denoising | all | share | whole passes | their share | recomputed | its share |"
+    # Whole passes: what guidance costs that reads Q and K with a hook and lets the DiT run to its end. The authors'
+    # release stops after 20 blocks; a gradient recomputes those it needs, and in each the self-attention once more.
+    yield "\n| run, PFLOP | guidance | denoising | all | share | whole passes | their share | release | its share |"
     yield "|---" + "|--:" * 8 + "|"
     first = None
     for name, row in rows.items():
         (flops, _), counts = count_once(row), run_counts(row)
         rest = flops["velocity"][0] - flops["reference pass"][0]
-        again = flops["gradient"][2] - flops["gradient"][0]
+        beyond = max(model.blocks - 20, 0) * flops["block"][0]
+        again = row.config.block * (flops["block"][0] + flops["self-attention"][0])
         cost = {phase: counts[phase] * flops[phase][0] / 1e15 for phase in counts}
         guidance, denoising = cost["reference pass"] + cost["gradient"], cost["velocity"]
         whole = guidance + denoising + cost["encode"] + cost["decode"]
-        hooked = whole + (counts["reference pass"] + counts["gradient"]) * rest / 1e15
-        recomputed = hooked + counts["gradient"] * again / 1e15
+        passes = counts["reference pass"] + counts["gradient"]
+        hooked = whole + passes * rest / 1e15
+        release = hooked + (counts["gradient"] * again - passes * beyond) / 1e15
         first = first or whole
-        numbers = guidance, denoising, *(x for total in (whole, hooked, recomputed) for x in (total, total / first))
+        numbers = guidance, denoising, *(x for total in (whole, hooked, release) for x in (total, total / first))
         yield f"| {name} | {' | '.join(f'{x:.3g}' for x in numbers)} |"
 
 

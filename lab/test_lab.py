@@ -564,17 +564,24 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     name = {phase: flops[phase][0] for phase in flops}
     rows = {"full method": (12, 1, 10), "ref_noise=match, interval=1": (30, 3, 10),
             "no_transfer, velocity_interval=3": (0, 0, 6)}  # fmt: skip
+    # The release recomputes blocks 1 to 3 and, within each, queries, keys, values and their attention.
+    block = attention + context + linear
+    again = 3 * (block + name["self-attention"])
+    assert name["self-attention"] == 4 * tokens * tokens * dim + 3 * 2 * tokens * dim * dim
     whole = []
     for row, (gradients, references, velocities) in rows.items():
         guidance = gradients * name["gradient"] + references * name["reference pass"]
         denoising, rest = velocities * name["velocity"], name["velocity"] - name["reference pass"]
         whole.append(guidance + denoising + name["encode"] + name["decode"])
         hooked = whole[-1] + (gradients + references) * rest
-        recomputed = hooked + gradients * (flops["gradient"][2] - name["gradient"])
+        release = hooked + gradients * again
         unit = whole[0] / 1e15
-        true = [guidance, denoising, *(x for total in (whole[-1], hooked, recomputed) for x in (total, total / unit))]
+        true = [guidance, denoising, *(x for total in (whole[-1], hooked, release) for x in (total, total / unit))]
         cells = [float(text) for text in list(tables["run, PFLOP", row].values())[1:]]
         assert cells == pytest.approx([x / 1e15 for x in true], rel=0.006), row
+    (*_, line) = cost.dry_run(parsed, model._replace(blocks=22), {"": parsed})  # the release runs 20 of them
+    release = whole[0] + 13 * (name["velocity"] - name["reference pass"] - 2 * block) + 12 * again
+    assert float(line.split("|")[-3]) == pytest.approx(release / 1e15, rel=0.006)
     stored, recomputed, offloaded = peaks["gradient"]
     dit = wan_min.random_model(wan_min.DiT, wan_min.ARCHITECTURES["tiny"][0])
     block = sum(p.nbytes for p in dit.blocks[0].parameters())
