@@ -489,8 +489,8 @@ def write_video(path, video, fps, comment=""):
 PRESETS = {
     "paper": {"ref_noise": "match", "strength": 1.0, "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
     # The authors' example. Its L_AMF sums over the 1560 tokens of 480x832, so the window loss weighs 1/1560.
-    "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "lambda_window": 1 / 1560, "lr": (0.003, 0.0021),
-                "fps": 15.0},
+    "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "alpha": 1 / 7, "lambda_window": 1 / 1560,
+                "lr": (0.003, 0.0021), "fps": 15.0, "vae_tiles": True},
 }  # fmt: skip
 
 
