@@ -331,7 +331,7 @@ import wan_min
 MEASURE_SIGMA = 0.1  # where finished clips are read: nearly clean, and a level that the model was trained on
 DEMO = "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
-logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of each resizing
+logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of resizing
 
 
 def open_video(path, options, *filters):
@@ -350,7 +350,7 @@ def open_video(path, options, *filters):
 def open_frames(path, fps, start):
     """A video's frames as images, and its own rate."""
     options = ["-f", "lavfi"] if path == "demo" else []
-    seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
+    seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others lack an index
     options += ["-ss", f"{seek:f}"] if seek else []
     about, _ = open_video(path, options)
     codec, pixels, large = about["codec"][:3], about["pix_fmt"], math.prod(about["size"]) > 1024 * 576
@@ -386,7 +386,7 @@ def open_pictures(path, first):
             image = ImageOps.exif_transpose(Image.open(Path(path, name)))
         except OSError as error:
             raise UserError(f"cannot read the reference {path}/{name} ({error})") from None
-        yield (image.point(lambda x: x / 256) if image.mode[0] == "I" else image).convert("RGBA")  # 16 bits would clip
+        yield (image.point(lambda x: x / 256) if image.mode[0] == "I" else image).convert("RGBA")  # 16 bits clip
 
 
 def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
@@ -407,7 +407,7 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
             size = size[::-1]
         frames.append(np.array(ImageOps.fit(image, size[::-1])))
     if len(frames) < 5:
-        found = f"{len(frames)} frames from {start:g} s at --fps {fps:g} (its own: {rate:g})"
+        found = f"{len(frames)} frames from {start:g} s at --fps {fps:g} (own: {rate:g})"
         raise UserError(f"reference {path} has {found}, not 5 or more")
     frames = rearrange(frames[: (len(frames) - 1) // 4 * 4 + 1], "t h w c -> 1 c t h w")
     color, alpha = torch.from_numpy(frames).split([3, 1], dim=1)
@@ -433,7 +433,7 @@ def write_video(path, video, fps, comment=""):
         imageio.imwrite(
             part, frames, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1, output_params=options
         )
-        count_frames_and_secs(part)  # fails where ffmpeg did: imageio says nothing
+        count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
         part.replace(os.path.realpath(path))
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); is the disk full?") from None
