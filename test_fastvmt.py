@@ -1732,7 +1732,7 @@ READING = {  # the file's ending, its rate, the rate and start asked for, option
     "narrow": (".mp4", 12, 12, 0, "-vf setsar=1/4"),
     "start": (".mp4", 12, 12, 0.25, ""),
     "no time stamps": (".avi", 12, 12, 0, H264),
-    "between two frames": (".avi", 12, 8, 0.3, H264),
+    "between two frames": (".avi", 12, 9, 0.32, H264),
     "elementary stream": (".m2v", 25, 25, 0.2, "-b:v 9M"),
     "webp": (".webp", 10, 10, 0, "-lossless 1"),
     "resized": (".h264", 12, 12, 0, H264),
@@ -1740,7 +1740,7 @@ READING = {  # the file's ending, its rate, the rate and start asked for, option
 
 
 @pytest.mark.parametrize("kind", READING)
-def test_reading_videos(tmp_path, kind):
+def test_reading_videos(tmp_path, caplog, kind):
     ending, rate, fps, start, options = READING[kind]
     path, flat = tmp_path / f"in{ending}", tmp_path / f"flat{ending}"
     write_clip(flat, size=(101, 67) if kind == "odd" else (48, 80), options=options.split(), fps=rate)
@@ -1755,6 +1755,7 @@ def test_reading_videos(tmp_path, kind):
     else:
         flat.rename(path)
     seen = levels(path, fps=fps, start=start, turn=True)
+    assert not caplog.text  # imageio has nothing to say
     portrait = kind in ("rotated", "odd", "narrow")
     gap = {"variable": 2 / 12, "paused": 30}.get(kind, 0)
     times = [n / min(rate, 50) * (1 + 4 * (kind == "tick")) + (n >= 6) * gap for n in range(14)]  # of the file's frames
@@ -1771,7 +1772,7 @@ def test_reading_videos(tmp_path, kind):
 @pytest.mark.parametrize("ending", [".mp4", ".mkv", ".ts", ".avi"])
 def test_a_start_inside_a_long_video(tmp_path, ending):
     raw = np.tile(np.arange(0, 240, 10, np.uint8)[:, None, None, None], (5, 16, 16, 3))
-    path = encode(tmp_path / f"in{ending}", raw, "-g", "50", fps=5)
+    path = encode(tmp_path / f"in{ending}", raw, "-g", "50", *H264.split(), fps=5)
     for start in (0.6, 3.4, 18.25):
         seen = levels(path, fps=5, size=(32, 32), num_frames=5, start=start)
         close(seen.mean((0, 2, 3)), torch.tensor([(math.floor(start * 5) + n) % 24 * 10.0 for n in range(5)]), 4)
@@ -1888,9 +1889,11 @@ def test_a_folder_of_pictures_is_a_video(tmp_path, capsys, monkeypatch):
     with pytest.raises(fastvmt.UserError, match="has 3 frames from 0.4 s"):
         levels(folder, fps=30, start=0.4)
     Image.new("L", (96, 48)).save(folder / "x%d4.png")  # a mask
+    levels(folder)
     (folder / "notes.txt").write_text("no picture")
     levels(folder)
-    assert "17 files, 16 pictures for Pillow, 15 names" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "16 files, 16 pictures for Pillow, 15 names" in text and "17 files, 16 pictures" in text
     (folder / "x%d4.bmp").write_bytes(b"BM no picture")
     with pytest.raises(fastvmt.UserError, match="x%d4.bmp"):
         levels(folder)
@@ -1945,7 +1948,7 @@ def test_names_and_unreadable_references(tmp_path, monkeypatch):
 def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch, capfd):
     import imageio_ffmpeg
 
-    video = F.interpolate(randn(1, 3, 3, 4, 6), (9, 64, 96), mode="trilinear").clamp(-0.8, 0.8)  # smooth
+    video = F.interpolate(randn(1, 3, 3, 4, 6), (9, 62, 98), mode="trilinear").clamp(-0.8, 0.8)  # smooth
     (tmp_path / "link.mp4").symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     (tmp_path / "folder").mkdir()
     assert fastvmt.partial_path(tmp_path / "link.mp4").parent == tmp_path / "folder"  # on one disk
@@ -1954,13 +1957,14 @@ def test_video_survives_writing_and_failure_leaves_the_old(tmp_path, monkeypatch
     out = tmp_path / "folder" / "o.mp4"
     assert (tmp_path / "link.mp4").is_symlink() and [p.name for p in out.parent.iterdir()] == ["o.mp4"]
     assert metadata_of(out) == json.loads(comment)
-    again = fastvmt.read_video(out, 9, (64, 96), fps=24)
-    assert again.shape[2] == 9 and (again - video).abs().mean() < 0.02
+    again = fastvmt.read_video(out, 9, (31, 49), fps=24)
+    small = F.avg_pool3d(video, (1, 2, 2))
+    assert again.shape[2] == 9 and (again - small).abs().mean() < 0.02
     close(again.mean((0, 2, 3, 4)), video.mean((0, 2, 3, 4)), 0.003)  # colours are not a level off
     assert re.search(r"yuv420p\(tv, bt709(, progressive)?\)", ffmpeg("-i", out))  # and players are told which they are
     assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat")  # plays while it loads
 
-    assert capfd.readouterr().err == ""  # imageio and ffmpeg have nothing to say
+    assert capfd.readouterr().err == ""  # ffmpeg has nothing to say
     size = out.stat().st_size
     out.write_text("an older result")
     for value in (math.nan, math.inf):
