@@ -373,65 +373,84 @@ import argparse
 import importlib
 import inspect
 import json
+import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
-from imageio_ffmpeg import get_ffmpeg_exe
+from imageio_ffmpeg import count_frames_and_secs, read_frames
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from tqdm import tqdm
 
 import wan_min
 
-DEMO = ["-f", "lavfi", "-i", "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"]  # a picture slides right and down
+DEMO = "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
+logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of videos that change their size
 
 
-def run_ffmpeg(task, *arguments, data=b""):
-    """Run ffmpeg with `data` as its standard input; its standard output and its log. UserError if it cannot `task`."""
-    command = [get_ffmpeg_exe(), "-y", "-v", "level+info", *map(str, arguments)]
-    done = subprocess.run(command, input=data, capture_output=True)
-    log = done.stderr.decode(errors="replace")
-    if done.returncode:
-        reason = re.search(r"\[(?:error|fatal)\] (.+)", log)  # the first is the cause of the others
-        raise UserError(f"cannot {task} ({reason[1] if reason else f'ffmpeg ended with {done.returncode}'})")
-    return done.stdout, log
+def open_video(path, options, filters):
+    """imageio's description of a video, and its frames as RGBA bytes."""
+    source = DEMO if path == "demo" else os.path.abspath(path)  # neither URL nor option
+    options = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
+    filters = ",".join(["scale=iw*sar:ih", *filter(None, filters)])
+    try:
+        frames = read_frames(source, "rgba", 4, options, ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", filters])
+        return next(frames), frames
+    except OSError as error:
+        cause = re.search(r"(?m)^(?:\[.*\] )?(?!Input)(\S.*(?:rror|nvalid|no streams|No such).*)|\Z", str(error))[1]
+        raise UserError(f"cannot read the reference {path} ({cause or 'no frame can be decoded'})") from None
 
 
-def decode_frames(task, source, num_frames, size, fps, turn, skip=0.0, data=b""):
-    """At most num_frames frames of ffmpeg's input `source`, from `skip` seconds on: uint8 (T, H, W, 3)."""
-    source = [*source, "-map", "0:V:0"]  # the first video stream, cover pictures aside
-    _, log = run_ffmpeg(task, *source, *"-vf showinfo -frames:v 1 -f null -".split(), data=data)
-    shown = r"(?s) fmt:(\w+) .*?sar:(\d+)/(\d+) s:(\d+)x(\d+) .*?color_space:(\S+) .*?color_trc:(\S+)"
-    if not (frame := re.search(shown, log)):
-        raise UserError(f"cannot {task} (no frame can be decoded)")
-    pixels, *numbers, space, transfer = frame.groups()
-    sar, per, width, height = map(int, numbers)
-    rows, cols = size[::-1] if turn and height > width * (sar / per or 1) else size  # 0: the file does not tell
-    if vpx := re.search(r"(?s)Video: vp([89]).*alpha_mode +: 1", log):  # its alpha needs another decoder
-        source, pixels = ["-c:v", "libvpx" if vpx[1] == "8" else "libvpx-vp9", *source], "yuva420p"
-    alpha = re.match("yuva|rgba|bgra|argb|abgr|gbrap|ya|pal8", pixels)
-    gif = "setpts=if(N\\,PREV_OUTPTS+if(eq(PTS-PREV_INPTS\\,1)\\,10\\,PTS-PREV_INPTS)\\,PTS)"
-    steps = {  # HDR's white is 203 cd/m² (BT.2408), and what is brighter clips
-        f"format={pixels},setparams=colorspace=bt709": space == "unknown" and width * height > 1024 * 576,
-        gif: "Input #0, gif" in log,  # a delay of one tick means ten, as in browsers
-        "format=gbrap": alpha,
-        "bwdif=send_frame:auto:interlaced": True,
-        f"setpts=PTS-max(STARTPTS-{skip}/TB\\,0)": True,  # a stream that begins after `skip` is used from its own begin
-        f"fps={fps}:start_time={skip}": True,
-        "zscale=npl=203:p=bt709:t=bt709:m=bt709:agamma=0": transfer in ("smpte2084", "arib-std-b67"),  # PQ, HLG
-        "split[a][b];[a]drawbox=c=gray:t=fill:replace=1[a];[a][b]overlay=format=gbrp": alpha,
-        f"scale=w=max({cols}\\,round({rows}*dar)):h=max({rows}\\,round({cols}/dar)):flags={SCALER}": True,
-        f"format=rgb24,crop={cols}:{rows}": True,
-    }
-    filters = ",".join(step for step, wanted in steps.items() if wanted)
-    raw, _ = run_ffmpeg(task, *source, "-vf", filters, "-frames:v", num_frames, "-f", "rawvideo", "-", data=data)
-    return np.frombuffer(raw, np.uint8).reshape(-1, rows, cols, 3)
+def decode_frames(path, size, fps, start, turn):
+    """A video's frames, covering the size, each RGBA (H, W, 4), and its own rate."""
+    options = ["-f", "lavfi"] if path == "demo" else []
+    seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
+    options += ["-ss", f"{seek:f}"] if seek else []
+    about, _ = open_video(path, options, [])
+    (width, height), pixels, codec = about["size"], about["pix_fmt"], about["codec"][:3]
+    rows, cols = size[::-1] if turn and height > width else size
+    options += {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])  # the decoders that see alpha
+    skipped, phase = divmod(start - seek, 1 / fps)
+    filters = [
+        pixels.startswith("pal8") and "format=gbrap",  # or its alpha is lost
+        width * height > 1024 * 576 and re.match(r"yuv(?!.*[( ](bt|smpte))", pixels) and "setparams=colorspace=bt709",
+        codec == "gif"  # a delay of one tick means ten, as in browsers
+        and "setpts=if(N\\,PREV_OUTPTS+if(eq(PTS-PREV_INPTS\\,1)\\,10\\,PTS-PREV_INPTS)\\,PTS)",
+        "bwdif=send_frame:auto:interlaced",
+        f"settb=1/705600000,setpts=round(PTS-{0 if seek else 'STARTPTS'}-{phase}/TB)",  # exact at the usual rates
+        f"fps={fps}:start_time=0",
+        # PQ, HLG: white is 203 cd/m² (BT.2408), and what is brighter clips
+        re.search("smpte2084|arib-std-b67", pixels) and "zscale=npl=203:p=bt709:t=bt709:m=bt709:agamma=0",
+        f"scale=max({cols}\\,round({rows}*a)):max({rows}\\,round({cols}/a)),format=rgba,crop={cols}:{rows}",
+    ]
+    _, frames = open_video(path, options, filters)
+    return (np.frombuffer(x, np.uint8).reshape(rows, cols, 4) for x in islice(frames, int(skipped), None)), about["fps"]
+
+
+def read_pictures(path, size, turn, first):
+    """The pictures of a folder from the first on, covering the size, each RGBA (H, W, 4)."""
+    names = [name for name in os.listdir(path) if name[0] != "."]
+    names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
+    known = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()]
+    stems = {Path(name).stem for name in known}
+    if len(stems) < len(names):
+        print(f"{path}: {len(names)} files, {len(known)} pictures for Pillow, {len(stems)} names")
+    for n, name in enumerate(known[first:]):
+        try:
+            image = ImageOps.exif_transpose(Image.open(Path(path, name)))
+        except OSError as error:
+            raise UserError(f"cannot read the reference {path}/{name} ({error})") from None
+        size = size[::-1] if n == 0 and turn and image.height > image.width else size
+        image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # 16 bits, which convert clips
+        yield np.array(ImageOps.fit(image.convert("RGBA"), size[::-1]))
 
 
 def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
@@ -440,24 +459,19 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     path: a video, a folder of pictures, one a frame in natural order, or "demo". size is covered, and turned for a
     portrait reference if `turn`. UserError if unreadable or under 5 frames.
     """
-    task = f"read the reference {path}"
-    if os.path.isdir(path):
-        names = [n for n in os.listdir(path) if re.fullmatch(r"[^.].*\.(png|jpe?g|webp|bmp)", n, re.I | re.S)]
-        names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
-        frames = []
-        for name in names[round(start * fps) :][:num_frames]:
-            data = Path(path, name).read_bytes()  # not by name, whose ending or % ffmpeg may believe
-            frames += [*decode_frames(f"{task}/{name}", ["-i", "-"], 1, size, 25, turn, data=data)]
-            size, turn = frames[0].shape[:2], False
+    if path == "demo" or os.path.isfile(path):
+        frames, rate = decode_frames(path, size, fps, start, turn)
+    elif os.path.isdir(path):
+        frames, rate = read_pictures(path, size, turn, round(start * fps)), fps
     else:
-        skip = min(start, 10.0)  # decoded for nothing, as ffmpeg may seek to after the key frame that is needed
-        # An absolute path is neither URL nor option.
-        source = DEMO if path == "demo" else ["-ss", f"{start - skip:f}", "-i", os.path.abspath(path)]
-        frames = decode_frames(task, source, num_frames, size, fps, turn, skip)
+        raise UserError(f"cannot read the reference {path} (not a file or a folder)")
+    frames = list(islice(frames, num_frames))
     if len(frames) < 5:
-        raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s, not 5 or more")
-    frames = np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1])
-    return rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w") / 127.5 - 1
+        found = f"{len(frames)} frames from {start:g} s at --fps {fps:g} (own: {rate:g})"
+        raise UserError(f"reference {path} has {found}, not 5 or more")
+    frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1]))
+    color, alpha = rearrange(frames, "t h w c -> 1 c t h w").split([3, 1], dim=1)
+    return (color / 127.5 - 1) * (alpha / 255)  # on mid grey
 
 
 def partial_path(path):
@@ -468,18 +482,20 @@ def partial_path(path):
 def write_video(path, video, fps, comment=""):
     """Write (1, 3, T, H, W) in [-1, 1] as H.264 mp4, under a temporary name until it is whole. Raises UserError."""
     if not torch.stack(video.aminmax()).isfinite().all():
-        raise UserError(f"{path} is not written, as the video is not finite")
-    frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for frame in video[0].unbind(1)]
-    pixels = rearrange(frames, "t c h w -> t h w c").cpu().numpy()
-    # The scaler sets the matrix; players are told of it by frames' tags or, in older ffmpegs, by the encoder's.
-    options = f"""-f rawvideo -pix_fmt rgb24 -s {pixels.shape[2]}x{pixels.shape[1]} -r {fps} -i -
-        -vf scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},setparams=color_primaries=bt709:color_trc=bt709
-        -color_primaries bt709 -color_trc bt709 -colorspace bt709 -color_range tv
-        -xerror -c:v libx264 -crf 17 -pix_fmt yuv420p -movflags +faststart -metadata""".split()
+        raise UserError(f"cannot write {path} (the video is not finite)")
+    frames = rearrange(video[0], "c t h w -> t h w c")
+    frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy() for frame in frames]
+    tags = "setparams=color_primaries=bt709:color_trc=bt709"
+    options = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},{tags}", "-crf", "17"]
+    options += ["-movflags", "+faststart", "-metadata", f"comment={comment}"]
     part = partial_path(path)
     try:
-        run_ffmpeg(f"write {path}", *options, f"comment={comment}", part, data=pixels.tobytes())
+        imageio.imwrite(part, frames, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1,
+                        output_params=options)  # fmt: skip
+        count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
         part.replace(os.path.realpath(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); is the disk full?") from None
     finally:
         part.unlink(missing_ok=True)
 

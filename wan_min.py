@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wan 2.1 text-to-video in one file: DiT, video VAE, UMT5 text encoder, flow-matching schedule, loading.
 
-Modules carry the parameter names of the official checkpoints. Nothing here knows of motion transfer.
-
-Source: Wan 2.1 (arXiv 2503.20314; github.com/Wan-Video/Wan2.1). Shapes in comments: B batch, F latent frames, h, w
-latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head dimension.
+Source: arXiv 2503.20314; github.com/Wan-Video/Wan2.1, whose checkpoints' parameter names the modules carry. Shapes in
+comments: B batch, F latent frames, h, w latent size, S = F·(h/2)·(w/2) tokens, L text tokens, N heads, D head size.
 """
 
 import copy
@@ -434,10 +432,7 @@ class VAE(nn.Module):
 
 
 def make_codec(vae, vae_tiles=False):
-    """What has encode(x, progress=iter) and decode of a VAE: of whole frames, or, once one does not fit, of tiles.
-
-    Its attribute vae_tiles says whether tiles were used.
-    """
+    """encode and decode of a VAE, of whole frames until memory does not suffice, then, as vae_tiles says, of tiles."""
     codec = SimpleNamespace(vae_tiles=vae_tiles)
 
     def fit(convert, x, progress=iter):
