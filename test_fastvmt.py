@@ -885,9 +885,9 @@ def test_the_codec_tiles_only_where_the_frame_does_not_fit(monkeypatch):
             tiles.clear()
             convert(x, progress=counting(counts))
             assert tiles == expected and counts == [2]
-    failure, codec = "shape mismatch", open_model("tiny").load_codec()
+    failure = "shape mismatch"
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        codec.encode(video)
+        open_model("tiny").load_codec().encode(video)
 
 
 def test_umt5_equals_transformers():
@@ -1274,8 +1274,7 @@ def test_command_line_makes_the_video(folder, capsys):
         Path(str(n)).mkdir()
         args = [*DEMO, "--ref", "in.mp4", "--out", f"{n}/out.mp4", "--size", "33x64", "--frames", "11", *extra]
         if n == 0:
-            command = [sys.executable, HERE / "fastvmt.py", *args]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, HERE / "fastvmt.py", *args], capture_output=True, text=True)
             assert done.returncode == 0 and "sampling: 100%" in done.stderr, done.stderr
             text = done.stdout
         else:
@@ -1376,8 +1375,7 @@ def test_help_shows_every_setting_with_default_and_source(capsys):
         fastvmt.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for f in dataclasses.fields(MotionConfig):
-        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"] in text
-        assert any(mark in f.metadata["help"] for mark in ("eq.", "Sec.", "App.", "Alg."))
+        assert f.metadata["help"] in text and re.search(r"(eq|Sec|App|Alg)\.", f.metadata["help"])
     for default in ("15", "21", "(3, 4)", "(0.003, 0.002)", "5.8", "7.0", "50", "81"):
         assert f"(default: {default})" in text
 
@@ -1415,10 +1413,7 @@ def test_every_flag_arrives(folder, capsys, monkeypatch):
     assert run(flags) == MotionConfig(**settings)
     assert (seen["steps"], seen["first"], seen["cfg_scale"]) == (9, 0.5, 3.0)
     assert torch.equal(seen["noise"], randn(1, 16, 2, 4, 6, seed=3))
-    config = run(flags + " --window none --ref-noise match")
-    assert config.window is None and config.ref_noise == "match"
     assert run("--preset release").span == 3 and "15 fps" in ffmpeg("-i", "out.mp4")
-    assert seen["first"] == pytest.approx(7 * 0.75 / (1 + 6 * 0.75))
     for flags, negative in (("", wan_min.NEGATIVE_PROMPT), ("--negative-prompt '' --dtype bf16", ""),
                             ("--negative-prompt blur --no-transfer --strength 0.5 --compile", "blur")):  # fmt: skip
         compiled.clear()
@@ -1441,7 +1436,7 @@ def test_presets():
         ("--preset release", release, {"strength": 0.75, "fps": 15}),
         ("--preset release --strength 1 --ref-noise 0.2 --lr 0.1 0.2", release | dict(lr=(0.1, 0.2), ref_noise=0.2),
          {"fps": 15}),
-        ("--window 5 --tile 2 2", dict(window=5, tile=(2, 2)), {}),
+        ("--window none --tile 2 2 --ref-noise match", dict(window=None, tile=(2, 2), ref_noise="match"), {}),
     ):  # fmt: skip
         args, config, _ = fastvmt.parse_arguments(["--model", "tiny", *flags.split()])
         assert config == MotionConfig(**dict(block=3, window=3) | settings), flags
@@ -1855,7 +1850,7 @@ def test_memory_is_found_by_recomputation(folder, capsys, monkeypatch):
 
     def sample(*args, checkpoint, **kwargs):
         seen.append(checkpoint)
-        if full and not checkpoint:
+        if not checkpoint:
             activation = torch.ones(2)
             held.append(weakref.ref(activation))
             raise torch.OutOfMemoryError()
@@ -1863,17 +1858,14 @@ def test_memory_is_found_by_recomputation(folder, capsys, monkeypatch):
         return true(*args, checkpoint=checkpoint, **kwargs)
 
     monkeypatch.setattr(fastvmt, "sample", sample)
-    cases = ([], False, [False]), ([], True, [False, True]), (["--checkpoint", "on"], True, [True]), (
-        ["--offload"], True, ["full"])  # fmt: skip
-    for flags, memory_is_full, expected in cases:
-        full = memory_is_full
+    for flags, code, expected in (
+        ("", 0, [False, True]), ("--checkpoint on", 0, [True]), ("--offload", 0, ["full"]),
+        ("--checkpoint off", 1, [False]), ("--no-transfer", 1, [False]),  # which has no gradient to recompute for
+    ):  # fmt: skip
         seen.clear()
-        code, text, err = run_main(capsys, *DEMO, *flags)
-        assert code == 0 and seen == expected and not err
+        done, text, _ = run_main(capsys, *DEMO, *flags.split())
+        assert done == code and seen == expected
         assert ("out of memory: again with --checkpoint on" in text) is (len(seen) == 2)
-    for flags in (["--checkpoint", "off"], ["--no-transfer"]):  # plain generation has no gradient to recompute for
-        seen.clear()
-        assert run_main(capsys, *DEMO, *flags)[0] == 1 and seen == [False]
 
 
 def test_any_shell_and_any_name(folder):
