@@ -767,8 +767,8 @@ def test_dit_equals_diffusers(diffusers, heads, head_dim):
 
     sizes = TINY | dict(dim=heads * head_dim, num_heads=heads, num_layers=2)
     ours = perturbed(random_model(DiT, sizes))
-    for part in (ours.patch_embedding, ours.blocks[0].self_attn.q, ours.blocks[0].self_attn.o):
-        for p in part.parameters():
+    for name, p in ours.named_parameters():
+        if re.search(r"patch_embedding|attn\.[qko]|ffn\.2", name):
             p.mul_(1e-3)  # so that the eps of every norm shows
     true = diffusers.WanTransformer3DModel(
         num_attention_heads=heads, attention_head_dim=head_dim, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=2,
@@ -787,7 +787,8 @@ def test_bf16_stays_close_to_fp32():
     full = random_model(DiT, sizes)
     half = wan_min.cast(random_model(DiT, sizes), torch.bfloat16)
     inputs = randn(1, 16, 3, 12, 16), torch.tensor([600.0]), randn(1, 16, 64)
-    for ours, true in ((half(*inputs), full(*inputs)), *zip(half.qk(*inputs, 4), full.qk(*inputs, 4))):
+    assert (half(*inputs) - full(*inputs)).norm() < 0.005 * full(*inputs).norm()
+    for ours, true in zip(half.qk(*inputs, 4), full.qk(*inputs, 4)):
         assert (ours.float() - true).norm() < 0.006 * true.norm()
 
 
@@ -842,7 +843,7 @@ def test_vae_tiles_blend_to_the_untiled_result():
         counts, whole = [], convert(x, tile=None)
         tiled = convert(x, (30, 24), (15, 16), counting(counts))  # columns 0 to 24 and 16 to 40
         assert counts == [4]  # two tiles of two latent frames
-        assert not torch.equal(whole, tiled) and (whole - tiled).abs().mean() < 0.1 * whole.std()
+        assert not torch.equal(whole, tiled) and (whole - tiled).abs().mean() < 0.02 * whole.std()
         for far in (slice(None, 6 * unit), slice(-6 * unit, None)):  # from where tiles meet
             close(whole[..., far], tiled[..., far], 1e-3)
 
@@ -1168,7 +1169,7 @@ def test_tokens_equal_those_of_transformers(tmp_path):
     write_checkpoint(tmp_path / "model")
     file = str(tmp_path / "model" / TOKENIZER_FILE)
     ours, true = Tokenizer.from_file(file), transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="</s>")
-    prompts, lengths = ["", "a red fox", "  a \n red\tfox ", "&lt;a&gt; &amp;amp; fox", "红狐狸在雪中奔跑，狐狸。",
+    prompts, lengths = ["", "a red fox", "  a \n red\tfox ", "<a> &amp;amp; fox", "红狐狸在雪中奔跑，狐狸。",
                         "🦊 runs 🏔️", "?!...,,", "fox " * 2000], []  # fmt: skip
     for prompt in prompts:
         clean = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
@@ -1254,10 +1255,6 @@ DEMO = shlex.split("--ref demo --prompt 'a red fox' --model tiny --steps 2 --inn
                    "--frames 5")  # fmt: skip
 
 
-def frames_of(path):
-    return fastvmt.read_video(path, 5, (32, 48))
-
-
 def failing(error):
     """A function that raises it."""
 
@@ -1300,11 +1297,11 @@ def test_the_run_is_its_parts(folder, capsys, monkeypatch):
     """Which latents and settings the video, the plain one, the flows and the printed lines are made of."""
     clips = []
     monkeypatch.setattr(fastvmt, "compare_video", lambda *args: clips.extend(args) or args[0]["result"])
-    flags = "--compare c.mp4 --plain --seed 5 --strength 0.7 --steps 3 --guided-fraction 0.5 --negative-prompt blur"
-    args, config, model = fastvmt.parse_arguments(DEMO + flags.split())
+    flags = "--frames 9 --compare c.mp4 --plain --seed 5 --strength 0.7 --steps 3 --guided-fraction 0.5"
+    args, config, model = fastvmt.parse_arguments([*DEMO, *flags.split(), "--negative-prompt", "blur"])
     fastvmt.run(args, config, model)
     text = capsys.readouterr().out
-    video, codec, dit = frames_of("demo"), model.load_codec(), model.load_dit()
+    video, codec, dit = fastvmt.read_video("demo", 9, (32, 48)), model.load_codec(), model.load_dit()
     reference, (context, negative, null) = codec.encode(video), model.encode_prompts(["a red fox", "blur", ""]).split(1)
     noise, sigmas = randn(*reference.shape, seed=5), [wan_min.flow_sigmas(3, 7.0, s) for s in (1.0, 0.7)]
     latents = {"reference": reference, "plain": fastvmt.sample(dit, noise, sigmas[0], context, negative),
@@ -1316,7 +1313,7 @@ def test_the_run_is_its_parts(folder, capsys, monkeypatch):
     assert [*clips[0]] == [*latents]
     for (name, clip), shown, flow in zip(clips[0].items(), clips[1], flows):
         close(clip, video if name == "reference" else codec.decode(latents[name]), 1e-4)
-        close(shown, flow[:1], 1e-4)
+        close(shown, flow[:2], 1e-4)  # of neighbouring frames, which come first
     cosine, error = fastvmt.flow_agreement(flows[0], flows[2])
     assert f"cosine {cosine:.3f}, error {error:.2f} tokens" in text
     assert f"windows: {100 * entropy:.0f} % of uniform" in text
@@ -1352,7 +1349,7 @@ def test_user_errors(folder, capsys, monkeypatch):
         "--out in.mp4": "not the reference",
         f"--out {'a' * 250}.mp4": "name too long",
         "--out out/p.mp4": "is a folder",
-        "--out out/q.mp4": "q.latents.safetensors",  # a folder is in the way of the latents
+        "--out out/q.mp4": "q.latents.safetensors is a folder",
         "--compare out.mp4": "not the reference",
         "--compile --offload": "exclude each other",
         f"--ref {'a' * 300}": "name too long",
@@ -1382,7 +1379,7 @@ def test_help_shows_every_setting_with_default_and_source(capsys):
 
 def test_every_flag_arrives(folder, capsys, monkeypatch):
     """At the method, the text encoder, the DiT and the video."""
-    seen, prompts, compiled = {}, [], []
+    seen, prompts, compiled, tiled = {}, [], [], VAE.tiled
 
     def encode(texts, text_dim, device):
         prompts.append(texts)
@@ -1402,6 +1399,7 @@ def test_every_flag_arrives(folder, capsys, monkeypatch):
     monkeypatch.setattr(wan_min, "random_contexts", encode)
     monkeypatch.setattr(fastvmt, "sample", sample)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
+    monkeypatch.setattr(VAE, "tiled", lambda *args: seen.update(tile=args[4]) or tiled(*args))
     settings = dict(block=2, tile=(2, 5), window=7, span=4, tau=1.5, center="argmax", alpha=0.1, lambda_amf=2.0,
                     lambda_window=3.0, squared=True, guided_fraction=0.5, inner_steps=4, interval=2, lr=(0.1, 0.2),
                     ref_noise=0.3)  # fmt: skip
@@ -1414,12 +1412,16 @@ def test_every_flag_arrives(folder, capsys, monkeypatch):
     assert (seen["steps"], seen["first"], seen["cfg_scale"]) == (9, 0.5, 3.0)
     assert torch.equal(seen["noise"], randn(1, 16, 2, 4, 6, seed=3))
     assert run("--preset release").span == 3 and "15 fps" in ffmpeg("-i", "out.mp4")
-    for flags, negative in (("", wan_min.NEGATIVE_PROMPT), ("--negative-prompt '' --dtype bf16", ""),
-                            ("--negative-prompt blur --no-transfer --strength 0.5 --compile", "blur")):  # fmt: skip
+    for flags, negative in (
+        ("", wan_min.NEGATIVE_PROMPT),
+        ("--negative-prompt '' --dtype bf16", ""),
+        ("--negative-prompt blur --no-transfer --strength 0.5 --compile --vae-tiles", "blur"),
+    ):
         compiled.clear()
         run(flags)
         assert prompts[-1] == ["a red fox", negative, ""]
         assert (seen["reference"] is None) is ("--no-transfer" in flags) and seen["first"] == 1
+        assert seen["tile"] == ((30, 52) if "vae-tiles" in flags else None)
         assert seen["dtype"] == (torch.bfloat16 if "bf16" in flags else torch.float32)
         assert compiled == [wan_min.Block] * 4 * ("--compile" in flags)
 
@@ -1791,7 +1793,8 @@ def test_the_demo_slides_right_and_down():
 
 def test_nothing_is_lost_when_decoding_fails(folder, capsys, monkeypatch):
     assert run_main(capsys, *DEMO)[0] == 0
-    whole = frames_of("out.mp4")
+    read = partial(fastvmt.read_video, "out.mp4", 5, (32, 48))
+    whole = read()
     for error, message, code in ((KeyboardInterrupt(), "interrupted", 130), (OSError("disk is full"), "full", 2)):
         os.remove("out.mp4")
         with monkeypatch.context() as patch:
@@ -1802,7 +1805,7 @@ def test_nothing_is_lost_when_decoding_fails(folder, capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(fastvmt, "sample", failing(AssertionError("sampled again")))
             assert run_main(capsys, *DEMO, *flags)[::2] == (0, "")
-        assert os.listdir() == ["out.mp4"] and torch.equal(frames_of("out.mp4"), whole)
+        assert os.listdir() == ["out.mp4"] and torch.equal(read(), whole)
         assert metadata_of(Path("out.mp4"))["prompt"] == "a red fox"
 
 
