@@ -1269,7 +1269,7 @@ def test_command_line_makes_the_video(folder, capsys):
     outputs = []
     for n, extra in enumerate(([], [], ["--seed", "1"], ["--no-transfer"])):
         Path(str(n)).mkdir()
-        args = [*DEMO, "--ref", "in.mp4", "--out", f"{n}/out.mp4", "--size", "33x64", "--frames", "11", *extra]
+        args = [*DEMO, "--ref", "in.mp4", "--out", f"{n}/out.mp4", "--size", "32x64", "--frames", "11", *extra]
         if n == 0:
             done = subprocess.run([sys.executable, HERE / "fastvmt.py", *args], capture_output=True, text=True)
             assert done.returncode == 0 and "sampling: 100%" in done.stderr, done.stderr
@@ -1455,8 +1455,8 @@ def test_notices(folder, capsys):
         ("--ref in.mp4 --frames 8", 81, [], "5 frames of 64x112"),
         ("--ref in.mp4 --frames 9", 81, [shorter], "5 frames of 64x112"),
         ("--ref demo --frames 9", 5, [longer], "9 frames of 64x112"),
-        ("--ref demo --frames 5", 5, [], "5 frames of 64x112"),
-        ("--ref demo --frames 5 --size 112x64", 81, [portrait], "5 frames of 112x64"),
+        ("--ref demo --frames 5 --size 33x79", 5, [], "5 frames of 32x80"),
+        ("--ref demo --frames 5 --size 112X64", 81, [portrait], "5 frames of 112x64"),
         ("--ref tall.mp4 --frames 5 --size 64x112", 81, [], "5 frames of 64x112"),
         ("--ref tall.mp4 --frames 5", 81, [], "5 frames of 112x64"),  # turned, as no size was asked for
     ):
