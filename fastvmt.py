@@ -271,7 +271,7 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True).requires_grad_(True)
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
@@ -689,16 +689,17 @@ def run(args, config, model, **seams):
         f"only {video.shape[2]} frames: the reference is shorter than --frames": video.shape[2] < args.frames - 3,
         f"the model was trained on clips of up to {model.max_frames} frames": video.shape[2] > model.max_frames,
         "--size is rounded to {}x{}".format(*size): args.size and args.size != size,
-        "--size is rows x columns: this is a portrait video": size in model.canvases[1:] and not turn,
+        "--size is rows x columns: this is a portrait video": size in model.canvases[1:],
     }
     for notice in (text for text, holds in notices.items() if holds):
         print(notice)
+    if not args.decode:
+        print("encoding the prompts")
+        contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
     codec, progress = model.load_codec(args.vae_tiles), partial(tqdm, leave=False, disable=None)
     if args.decode:
         latents = load(kept.read_bytes())["result"].to(args.device)
     else:
-        print("encoding the prompts")
-        contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
         print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps))
         reference = codec.encode(video.to(args.device), progress=progress)
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
