@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the lab: the toy, its training and measurements, the paper's Table 1, metrics and costs."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -24,15 +25,15 @@ from test_fastvmt import HERE, close, metadata_of, randn, run_main, write_clip
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def corner_scene(**changes):
-    scene = {"scale": "coarse", "palette": "blue-white", "texture": "blobs", "camera": (0.0, 0.0, 0.0, 0.0)}
-    return scene | changes
+STILL = {"scale": "coarse", "palette": "blue-white", "texture": "blobs", "camera": (0.0, 0.0, 0.0, 0.0)}
+SPRITE = {"color": "red", "shape": "disc", "striped": False, "velocity": (0.5, -1.0), "place": (2.0, 3.0)}
+
+
+def frames(seed=3, **changes):
+    return toy.render(STILL | changes, torch.Generator().manual_seed(seed))
 
 
 def test_world_moves_as_its_scenes_say():
-    def frames(**changes):
-        return toy.render(corner_scene(**changes), torch.Generator().manual_seed(3))
-
     still = frames()
     assert still.shape == (3, 9, 48, 66) and still.abs().max() <= 1 and torch.equal(still[:, 0], still[:, 8])
     pan = frames(camera=(1.0, -2.0, 0.0, 0.0))  # a row down and two columns left, each frame
@@ -42,27 +43,52 @@ def test_world_moves_as_its_scenes_say():
     close(zoom[:, 8, 1::3, 1::3], zoom[:, 4, 16:32, 22:44], 1e-4)
     turn = frames(camera=(0.0, 0.0, 0.0, math.pi / 8))  # a quarter turn from the middle to the end, counter-clockwise
     close(turn[:, 8, :, 9:57], turn[:, 4, :, 9:57].rot90(1, (1, 2)), 1e-4)
-    sprite = frames(color="red", shape="disc", striped=False, velocity=(0.5, -1.0), place=(2.0, 3.0))
-    weights = toy.sprite_weights(sprite)
+    weights = toy.sprite_weights(frames(**SPRITE))
     for n in range(9):
         rows, cols = torch.nonzero(weights[n] > 0.5).double().mean(0).tolist()
         assert rows == pytest.approx(23.5 + 2 + 0.5 * (n - 4), abs=0.3)
         assert cols == pytest.approx(32.5 + 3 - 1.0 * (n - 4), abs=0.3)
 
 
+def test_world_looks_as_its_words_say():
+    red, yellow, striped = (frames(**SPRITE | change)[:, 4] for change in ({}, {"color": "yellow"}, {"striped": True}))
+    texture, disc = (frames()[0, 4] + 0.8) / 1.7, (yellow - red)[1] / 1.6  # shares of white in blue, of the disc
+    for share in (texture, disc):
+        assert 0.5 < share.diff(dim=-1).abs().max() < 0.9  # edges about a pixel wide
+    stripes = ((striped + 1) / (red + 1))[0][disc > 0.99].aminmax()
+    assert stripes.min.item() == pytest.approx(0.4, abs=0.05) and stripes.max > 0.99
+    g = torch.Generator().manual_seed(0)
+    for kind, share in (("blobs", 1 / 3), ("checks", 1 / 2), ("stripes", 2 / 3)):
+        textures = torch.stack([toy.draw_texture(toy.pixel_grid(), kind, 14.0, g) for _ in range(20)])
+        assert (textures > 0).float().mean().item() == pytest.approx(share, abs=0.05)
+    down, right = textures.diff(dim=1)[:, :, 1:], textures.diff(dim=2)[:, 1:]  # of stripes that lean by 45 degrees
+    assert (down * right).mean() > 0.3 * (down.square() + right.square()).mean()
+    assert toy.waves(1000 * randn(1000, 2), 6, 25.0, g).var().item() == pytest.approx(1, abs=0.15)
+    assert np.mean([math.hypot(*toy.draw_velocity(4.0, g)) ** 2 for _ in range(400)]) == pytest.approx(8, rel=0.1)
+    for seed, period in ((1, 22), (4, 28)):  # checks and blobs of look-alikes
+        frame = toy.held_out_lookalike(seed)[0][:, 4]
+        difference = {(y, x): (frame - frame.roll((y, x), (1, 2)))[:, 28:, 28:].abs().mean()
+                      for y, x in itertools.product(range(29), repeat=2) if y + x > 20}  # fmt: skip
+        nearest = min(difference, key=difference.get)
+        assert difference[nearest] < 0.05 and math.hypot(*nearest) == pytest.approx(period, abs=0.8)
+
+
 def test_motion_is_measured_as_rendered():
     classes, right = effect.texture_classes(240), []
     for n, camera in enumerate(["pan", "zoom", "rotation", "still"] * 3):
-        video, scene, _ = toy.held_out(n, camera, camera == "still")
+        video, scene, _ = toy.held_out_of_kind(n, camera)
         assert toy.motion_error(video, scene) < (0.5 if scene["texture"] == "stripes" else 0.05), (n, scene)
         right.append(effect.shows(video, toy.describe(scene), classes))
         other = scene | {"camera": tuple(x + d for x, d in zip(scene["camera"], (0.6, 0.8, 0.0, 0.0)))}
         assert toy.motion_error(video, other) == pytest.approx(0.5 if camera == "still" else 1, abs=0.3)
     assert sum(right) >= 11
     assert not effect.shows(video, "fine green-white blobs, a red disc", classes)
+    camera = (4.3, -2.6, 0.0, 0.0)
+    noisy = frames(camera=camera) + 0.5 * randn(3, 9, 48, 66)  # only distant frames tell its motion so exactly
+    assert toy.motion_error(noisy, STILL | {"camera": camera}) < 0.1
 
 
-def test_motion_error_by_hand():
+def test_motion_error_by_hand(monkeypatch):
     """The flow of a camera over the frame, and a missing sprite, which counts as one at rest."""
     video, scene, _ = toy.held_out(5, "still", False)
     for camera in ((0, 0, 0.01, 0), (0, 0, 0, 0.02), (0.3, 0.4, 0.01, 0.02)):
@@ -72,7 +98,16 @@ def test_motion_error_by_hand():
             row, column, zoom, turn = camera
             errors.append(math.hypot(row + zoom * y - turn * x, column + zoom * x + turn * y))
         assert toy.motion_error(video, scene | {"camera": camera}) == pytest.approx(np.mean(errors), abs=0.01)
-    assert toy.motion_error(video, scene | {"velocity": (3.0, 4.0)}) == pytest.approx(2.5, abs=0.01)
+    scene["velocity"] = 3.0, 4.0
+    assert toy.motion_error(video, scene) == pytest.approx(2.5, abs=0.01)
+    monkeypatch.setattr(toy, "measure_camera", lambda video: torch.tensor([1.0, -2.0, 0.03, math.pi / 180]))
+    assert toy.describe_motion(video) == "+1.00 rows -2.00 columns +3.0 % +1.0° a frame"
+    for kind, error in (("pan", 5**0.5), ("zoom", 3), ("rotation", 1), ("still", 5)):
+        assert effect.component_error(video, scene, kind) == pytest.approx(error)
+    for count, found in ((39, False), (41, True)):
+        patch = torch.full((3, 9, 48, 66), -1.0)
+        patch[0, :, 0, :count] = -0.4  # a red of 0.3, which is half a sprite's
+        assert (toy.measure_sprite(patch) is not None) == found
 
 
 def test_toy_codec_and_words():
@@ -84,6 +119,10 @@ def test_toy_codec_and_words():
     known, unknown = toy.known_words("Fine white and blue stripes, and a golden striped-disc of stripes")
     assert known == ["fine", "blue-white", "stripes", "striped", "disc"] and unknown == ["golden"]
     assert toy.known_words("blobs - a ring") == (["blobs", "ring"], [])
+    assert toy.describe(STILL | SPRITE | {"color": "orange"}) == "coarse blue-white blobs, an orange disc"
+    noise, contexts, reference = toy.prepare(video[0], "red", 5)
+    assert noise.equal(randn(1, 16, 9, 24, 33, seed=5)) and reference.equal(latents[:1])
+    assert [x.sum() for x in contexts] == [1, 0, 0]
     context = toy.encode_prompts(["a red disc", "", "disc"])
     assert context.shape == (3, 8, len(toy.WORDS)) and context.sum() == 3 and not context[1].any()
     assert torch.equal(context[0, 1], context[2, 0]) and not torch.equal(context[0, 0], context[0, 1])
@@ -91,6 +130,8 @@ def test_toy_codec_and_words():
         scene = toy.draw_scene(torch.Generator().manual_seed(seed))
         known, unknown = toy.known_words(toy.describe(scene))
         assert not unknown and len(known) == 3 + ("color" in scene) * (2 + scene.get("striped", 0))
+        for side, place, velocity in zip(toy.SIZE, scene.get("place", ()), scene.get("velocity", ())):
+            assert abs(place) + 4 * abs(velocity) + 0.7 * toy.RADIUS <= side / 2  # in view to the ends
 
 
 def test_toy_training_lowers_the_loss(tmp_path, capsys, monkeypatch):
@@ -134,6 +175,13 @@ def test_toy_matches_follow_the_content():
             here, there = (F.grid_sample(video[None, :, n], grid, align_corners=False)[0, :, 0]
                            for n, grid in zip((i, j), grids))  # fmt: skip
             assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
+    i, j = fastvmt.frame_pairs(9, 5)
+    flow, seen = effect.true_flow(STILL | {"camera": (1.5, -2.0, 0.0, 0.0)}, i, j)
+    true = ((j - i)[:, None] * torch.tensor([0.25, -1 / 3])).view(-1, 1, 1, 2).expand_as(flow)
+    target = true + fastvmt.row_column(torch.arange(88), 11).view(8, 11, 2)
+    inside = ((target >= 0) & (target <= torch.tensor([7, 10]))).all(-1)
+    assert seen[inside].all() and not seen.all()
+    close(flow[inside], true[inside], 1e-5)
 
 
 def test_toy_matching_loss():
@@ -146,11 +194,12 @@ def test_toy_matching_loss():
         expected = math.log(2 + math.exp(-sharpness * 0.5 / 6**0.5))
         assert train.matching_loss(q, k, matches).item() == pytest.approx(expected, abs=1e-4)
     dit, x = toy.Denoiser(**toy.ARCHITECTURE), randn(2, 16, 3, 6, 9)
-    t, context = torch.tensor([300.0, 700.0]), toy.encode_prompts(["a disc", "red"])
+    t, context = torch.tensor([20.0, 700.0]), toy.encode_prompts(["a disc", "red"])
     clean, qk = dit.clean_and_qk(x, t, context)
     for a, b in zip(qk, dit.qk(x, t, context, toy.MATCH_BLOCK)):
         assert torch.equal(a, b)
-    close(dit(x, t, context), (x - clean) / torch.tensor([0.3, 0.7]).view(2, 1, 1, 1, 1), 1e-5)
+    assert not dit.blocks[toy.MATCH_BLOCK - 1]._forward_pre_hooks  # training would pile them up
+    close(dit(x, t, context), (x - clean) / torch.tensor([0.05, 0.7]).view(2, 1, 1, 1, 1), 1e-5)
 
 
 def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
@@ -189,8 +238,7 @@ def test_the_toys_flow_points_along_the_motion():
     # Not the toy's own τ, at which the flow tends to whole tokens.
     dit, (_, config, _) = toy.load(), fastvmt.parse_arguments(["--model", "toy", "--tau", "2"])
     for seed, pan in enumerate([(3.0, 0.5), (-0.5, -4.0), (-3.0, 3.0)]):
-        scene = corner_scene(camera=(*pan, 0.0, 0.0))
-        latents = toy.encode(toy.render(scene, torch.Generator().manual_seed(seed))[None])
+        latents = toy.encode(frames(seed, camera=(*pan, 0.0, 0.0))[None])
         x = fastvmt.match_noise(latents, randn(*latents.shape), 0.1)
         flow, _ = fastvmt.motion_features(dit, x, 0.1, toy.encode_prompts([""]), config)
         i, j = fastvmt.frame_pairs(9, config.span)
@@ -238,8 +286,9 @@ def test_motion_fidelity_of_known_motion():
         assert metrics.motion_fidelity(pan, other).item() == pytest.approx(fidelity, abs=1e-6)
         assert metrics.track_error(pan, other).item() == pytest.approx(error, abs=1e-6)
     assert metrics.motion_fidelity(still, still) == 1 and metrics.track_error(still, still) == 0
-    jitter = still + 0.001 * randn(*still.shape)  # a tracker's noise is no motion
-    assert metrics.motion_fidelity(still, jitter) == 1
+    jitter, slow = still + 0.001 * randn(*still.shape), still + 0.02 * torch.arange(5.0)[:, None]
+    assert metrics.motion_fidelity(still, jitter) == 1  # a tracker's noise is no motion
+    assert metrics.motion_fidelity(still, slow) == 0
     assert metrics.motion_fidelity(still[:0], pan).isnan() and metrics.track_error(pan, still[:0]).isnan()
 
 
@@ -268,40 +317,44 @@ def test_tracks_are_matched_by_their_own_motion():
     assert metrics.track_error(zoom, zoom) == 0 and metrics.motion_fidelity(zoom, zoom).item() == pytest.approx(1)
     alone = metrics.motion_fidelity(zoom, zoom[:5])  # all tracks of five count, and five of all
     assert alone.item() == pytest.approx(metrics.motion_fidelity(zoom[:5], zoom).item()) and 0.6 < alone < 0.99
-    seen = torch.zeros(len(zoom), 5, dtype=torch.bool)
-    seen[:3, :3] = True  # in three frames of five
-    seen[3, :2] = True
-    assert metrics.visible_tracks(zoom, seen).equal(zoom[:3])
+    seen = torch.arange(100) < torch.tensor([[50], [49]])
+    tracks = randn(2, 100, 2)
+    assert metrics.visible_tracks(tracks, seen).equal(tracks[:1])
 
 
 def test_cotracker_is_handed_pixels_and_hands_out_rows_first(monkeypatch):
     def model(pixels, grid_size):
         assert pixels.shape == (1, 5, 3, 24, 48) and pixels.min() == 0 and pixels.max() == 255 and grid_size == 30
-        return torch.tensor([1.0, 2.0]).expand(1, 5, 7, 2), torch.ones(1, 5, 7)
+        return torch.tensor([1.0, 2.0]).expand(1, 5, 2, 2), torch.tensor([0.45, 0.55]).expand(1, 5, 2)
 
     model.to = lambda device: model
     monkeypatch.setattr(torch.hub, "load", lambda repo, name, trust_repo: model)
-    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1).clamp(-1, 1))
-    assert tracks.shape == (7, 5, 2) and tracks[0, 0].tolist() == [2, 1]
-    assert visible.shape == (7, 5) and visible.all()
+    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1))
+    assert tracks.equal(torch.tensor([2.0, 1.0]).expand(2, 5, 2))
+    assert visible.equal(torch.tensor([[False], [True]]).expand(2, 5))
 
 
 def test_clip_metrics():
-    from transformers import BatchEncoding, CLIPConfig, CLIPModel
-
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+    config = transformers.CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
                         vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
-    model, prompts = CLIPModel(config).eval(), []
+    model, prompts = transformers.CLIPModel(config).eval(), []
 
     def tokenizer(prompt, **options):
-        prompts.append(prompt)
-        return BatchEncoding({"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)})
+        prompts.append((prompt, options))
+        return transformers.BatchEncoding(
+            {"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)}
+        )
 
     clip = roll_clip(1, 0).sigmoid() * 2 - 1
     frames, prompt = metrics.clip_features(model, tokenizer, clip, "a word")
-    assert prompts == ["a word"] and frames.shape == (5, 16) and prompt.shape == (1, 16)
+    assert (
+        prompts == [("a word", {"truncation": True, "return_tensors": "pt"})]
+        and frames.shape == (5, 16)
+        and prompt.shape == (1, 16)
+    )
     ids = tokenizer("")
     pixels = F.interpolate(clip[0].transpose(0, 1), (32, 64), mode="bicubic", antialias=True)[..., 16:48]
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
@@ -338,57 +391,75 @@ def read_table(text):
 
 
 def test_table_counts_what_each_row_does(tmp_path, capsys):
-    rows = ["w/o step-skip", "no transfer", "lambda_window=0, tau=2", "block=2", "interval=3"]
+    # 3 steps of 2 velocities through 4 blocks, the first guided; block 3 is read, so that 2 are run for it.
+    counts = {"full method": (2, 24 + 2 * 3, 2 * 2), "w/o step-skip": (4, 24 + 2 * 5, 2 * 4), "no transfer": (0, 24, 0),
+              "lambda_window=0, tau=2": (2, 24 + 2 * 3, 2 * 2), "block=2": (2, 24 + 3, 2),
+              "no_transfer, tau=2, alpha=0.5": (0, 24, 0), "velocity_interval=3": (2, 16 + 2 * 3, 2 * 2)}  # fmt: skip
+    rows = [*counts][1:] + ["interval=3"]  # which is the full method's
     code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--checkpoint", "on", "--rows", *rows)
     assert code == 0 and not err, err
     table = read_table((tmp_path / "table.md").read_text())
     assert out.endswith((tmp_path / "table.md").read_text())
-    # 3 steps of 2 velocities through 4 blocks, the first guided; block 3 is read, so that 2 are run for it.
-    counts = {"full method": (2, 2, 2), "w/o step-skip": (4, 2, 2), "no transfer": (0, 0, 0),
-              "lambda_window=0, tau=2": (2, 2, 2), "block=2": (2, 1, 1)}  # fmt: skip
-    assert [row for title, row in table if title == "mean"] == list(counts)  # interval=3 is the full method's
-    for name, (gradients, before, backwards) in counts.items():
+    assert [row for title, row in table if title == "mean"] == list(counts)
+    for name, expected in counts.items():
         cells = table["mean", name]
-        assert int(cells["gradients"]) == gradients and int(cells["block backwards"]) == gradients * backwards, name
-        assert int(cells["block forwards"]) == 24 + before * (gradients + (gradients > 0)), name
-        seconds = [float(cells[column]) for column in ("total s", "guidance s", "denoising s")]
-        assert seconds[0] == pytest.approx(seconds[1] + seconds[2], rel=0.01) and min(seconds) > 0
+        assert tuple(int(cells[n]) for n in ("gradients", "block forwards", "block backwards")) == expected, name
+        total, guidance, denoising = (float(cells[column]) for column in ("total s", "guidance s", "denoising s"))
+        assert total == pytest.approx(guidance + denoising, rel=0.01) and guidance > 0 and denoising > 0
+    full, plain, other = (table["mean", name] for name in ("full method", "no transfer", rows[-3]))
     assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
-    assert float(table["mean", "no transfer"]["guidance s"]) < 0.5 * float(table["mean", "full method"]["guidance s"])
+    assert float(plain["guidance s"]) < 0.5 * float(full["guidance s"])
+    assert [plain[n] == other[n] for n in ("L_AMF", "flow cosine", "entropy")] == [True, True, False]  # measured alike
+    assert plain["L_AMF"] != full["L_AMF"]
+    text = run_main(capsys, *TABLE, "--out", tmp_path / "out.mp4")[1]
+    assert float(re.search(r"cosine ([-\d.]+)", text)[1]) == pytest.approx(float(full["flow cosine"]), abs=6e-4)
 
 
 def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
-    seen, noises, true = [], [], fastvmt.sample
+    seen, true = [], fastvmt.sample
 
     def spy(dit, noise, sigmas, *contexts, **options):
-        seen.append((sigmas, options))
-        noises.append(noise)
+        seen.append((sigmas, contexts, options))
+        assert noise.equal(randn(*noise.shape, seed=3))
         return true(dit, noise, sigmas, *contexts, **options)
 
     monkeypatch.setattr(fastvmt, "sample", spy)
-    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5, cfg_scale=1",
-            "steps=2, velocity_interval=3"]  # fmt: skip
+    rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5,cfg_scale=1",
+            "steps=2, negative_prompt=blurred"]  # fmt: skip
     args = [*TABLE, "--out", tmp_path, "--strength", "0.9", "--seed", "3", "--checkpoint", "on"]
-    assert run_table(capsys, *args, "--rows", *rows)[0] == 0
-    (_, full), (_, first), (plain, none), (start, last), (short, reused) = seen[1:]  # after the warm-up
+    assert run_table(capsys, *args, "--negative-prompt", "", "--rows", *rows)[0] == 0
+    (_, contexts, full), (_, _, first), (plain, _, none), (start, _, last), (short, others, _) = seen[1:]  # warmed up
     assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
     assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
     assert last["reference"] is not None and start.equal(wan_min.flow_sigmas(3, 7.0, 0.5)) and last["cfg_scale"] == 1
     assert len(short) == 3 and full["checkpoint"] is True
-    assert reused["velocity_interval"] == 3 and full["velocity_interval"] == 1
-    assert all(noise.equal(randn(*noise.shape, seed=3)) for noise in noises)
+    prompt, empty = contexts
+    assert full["null"].equal(empty) and not prompt.equal(empty)
+    assert others[0].equal(prompt) and not others[1].equal(prompt) and not others[1].equal(empty)
     for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
-                      ("tau=x", "tau")):  # fmt: skip
+                      ("tau=x", "tau"), ("compile", "compile")):  # fmt: skip
         code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
-        assert code == 2 and word in err and err.count("\n") == 1, err
+        assert code == 2 and word in err and err.count("\n") == 1 and "goes on" not in err, err
 
 
-def test_the_table_tiles_the_vae_when_asked(tmp_path):
-    args, model = table1.parse_arguments([*map(str, TABLE), "--vae-tiles", "--out", str(tmp_path)])
+def test_the_table_tiles_the_vae_and_keeps_videos_when_asked(tmp_path):
+    args, model = table1.parse_arguments([*TABLE, "--vae-tiles", "--keep-videos", "--out", str(tmp_path)])
     asked, load = [], model.load_codec
     model = model._replace(load_codec=lambda tiles=False: asked.append(tiles) or load(tiles))
     table1.compute({"full method": args}, table1.make_clips(args, model), args, model)
-    assert asked == [True]
+    assert asked == [True] and len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_the_table_reads_its_clips_as_told(tmp_path):
+    refs = [str(write_clip(tmp_path / name, 30, (80, 48))) for name in ("a.mp4", "b.mp4")]
+    args = [*TABLE[:2], *"--device cpu --frames 9 --start 0.5 --fps 6 --refs".split(), *refs]
+    for more, shape in (([], (112, 64)), (["--size", "64x80"], (64, 80))):  # turned like the reference, if not told
+        clips = table1.make_clips(*table1.parse_arguments([*args, "--prompt", "x", *more]))
+        assert [clip.name for clip in clips] == refs
+        video = clips[1].video()
+        assert video.shape == (1, 3, 9, *shape)
+        right = (video[0, 0, :, 20:-20, -8:].mean((1, 2)) + 1) * 127.5
+        close(right, 60 + 20.0 * torch.arange(9), 4)  # every second frame from the sixth on
 
 
 def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, monkeypatch):
@@ -409,7 +480,7 @@ def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, mon
     for torn in (1, 2, 3):  # killed in the middle of writing this line
         monkeypatch.setattr(table1, "run_row", lambda *a, n=iter(range(10)): [run_row(*a), next(n) < 2 or stop()][0])
         code, _, err = run_table(capsys, *args, tmp_path / "killed")
-        assert code == 130 and "interrupted" in err
+        assert code == 130 and "interrupted; the same command goes on" in err
         lines = results.read_text().splitlines(True)
         assert len(lines) == torn
         results.write_text("".join(lines) + lines[-1][:50])
@@ -440,6 +511,10 @@ def test_tables_numbers_by_hand():
     args, _ = table1.parse_arguments(TABLE)
     rows = table1.make_rows([*TABLE, "--rows", "tau=2"], table1.parse_arguments([*TABLE, "--rows", "tau=2"])[0], 4)
     full, changed = (table1.settings_hash(row, args) for row in rows.values())
+    for change, same in (({"negative_prompt": "y"}, False), ({"span": 2}, False), ({"preset": "x", "seed": 1}, True)):
+        other = argparse.Namespace(**vars(args) | change)
+        for pair in ((other, args), (args, other)):  # a row's settings, and those that its flow is measured with
+            assert (table1.settings_hash(*pair) == full) == same, change
     values = {(full, "a"): 1.0, (full, "b"): 5.0, (changed, "a"): 1.5, (changed, "b"): 6.5, (changed, "c"): 9.0,
               ("else", "a"): 7.0}  # fmt: skip
     argv = [*TABLE, "--rows", "blocks"]
@@ -447,18 +522,26 @@ def test_tables_numbers_by_hand():
     assert blocks == {"full method": 3, "block 1": 1, "block 2": 2, "block 4": 4}
     argv = ["--model", "toy", "--device", "cpu", "--rows", "ablation"]
     ablation = table1.make_rows(argv, table1.parse_arguments(argv)[0], 6)
-    assert len(ablation) == 1 + len(table1.ABLATION) and ablation["the paper's numbers, matched"].steps == 50
+    assert len(ablation) == 1 + len(table1.ABLATION)
+    paper, toys = ablation["the paper's numbers, clean"], ablation["full method"].config
+    kept = {name: getattr(toys, name) for name in ("block", "tile", "window")}
+    assert paper.config == dataclasses.replace(fastvmt.MotionConfig(), **kept) and paper.steps == 50
+    for name, change in (("matched reference", {"ref_noise": "match"}), ("argmax centre", {"center": "argmax"}),
+                         ("w/o spatial window", {"window": None}), ("w/o window loss", {"lambda_window": 0}),
+                         ("w/o window and step-skip", {"window": None, "interval": 1})):  # fmt: skip
+        assert ablation[name].config == dataclasses.replace(toys, **change)
     lines = [{"key": [row, clip, "x", 0], "columns": {"error": value}} for (row, clip), value in values.items()]
+    lines[0]["columns"]["tracks"] = 4
     table = read_table(table1.make_table(lines, rows, args))
-    assert table["mean", "full method"] == {"mean": "full method", "n": "2", "error": "3.0 ± 2.0"}
+    assert table["mean", "full method"] == {"mean": "full method", "n": "2", "error": "3.0 ± 2.0", "tracks": "4"}
     assert table["mean", "tau=2"]["n"] == "3"
     paired = table["minus the full method", "tau=2"]  # of the clips that both have: 0.5 and 1.5
     assert paired["n"] == "2" and paired["error"] == "1.00 ± 0.50"
 
 
 def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(effect, "texture_classes", lambda: "classes")
-    monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: (classes, "," in prompt) == ("classes", False))
+    monkeypatch.setattr(effect, "texture_classes", lambda: "coarse")
+    monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: classes in prompt)
     monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
     args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
     code, out, err = run_table(capsys, *args, "block 2", "--out", tmp_path)
@@ -470,7 +553,9 @@ def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
     for line in lines:
         camera, seed = line["key"][1].split()
         video, scene, prompt = toy.held_out(int(seed), camera, False)
-        assert line["key"][2:] == [prompt, int(seed) - 10000] and line["columns"]["prompt right"] == 1
+        assert line["key"][2:] == [prompt, int(seed) - 10000] and line["columns"]["prompt right"] == (
+            "coarse" in prompt
+        )
         written = fastvmt.read_video(str(tmp_path / line["video"]), 9, video.shape[2:])
         error = toy.motion_error(written[0], scene)
         assert line["columns"]["motion error, px a frame"] == pytest.approx(error, abs=0.03)
