@@ -51,20 +51,10 @@ def test_world_moves_as_its_scenes_say():
 
 
 def test_world_looks_as_its_words_say():
-    red, yellow, striped = (frames(**SPRITE | change)[:, 4] for change in ({}, {"color": "yellow"}, {"striped": True}))
+    red, yellow = (frames(**SPRITE | {"color": color})[:, 4] for color in ("red", "yellow"))
     texture, disc = (frames()[0, 4] + 0.8) / 1.7, (yellow - red)[1] / 1.6  # shares of white in blue, of the disc
     for share in (texture, disc):
         assert 0.5 < share.diff(dim=-1).abs().max() < 0.9  # edges about a pixel wide
-    stripes = ((striped + 1) / (red + 1))[0][disc > 0.99].aminmax()
-    assert stripes.min.item() == pytest.approx(0.4, abs=0.05) and stripes.max > 0.99
-    g = torch.Generator().manual_seed(0)
-    for kind, share in (("blobs", 1 / 3), ("checks", 1 / 2), ("stripes", 2 / 3)):
-        textures = torch.stack([toy.draw_texture(toy.pixel_grid(), kind, 14.0, g) for _ in range(20)])
-        assert (textures > 0).float().mean().item() == pytest.approx(share, abs=0.05)
-    down, right = textures.diff(dim=1)[:, :, 1:], textures.diff(dim=2)[:, 1:]  # of stripes that lean by 45 degrees
-    assert (down * right).mean() > 0.3 * (down.square() + right.square()).mean()
-    assert toy.waves(1000 * randn(1000, 2), 6, 25.0, g).var().item() == pytest.approx(1, abs=0.15)
-    assert np.mean([math.hypot(*toy.draw_velocity(4.0, g)) ** 2 for _ in range(400)]) == pytest.approx(8, rel=0.1)
     for seed, period in ((1, 22), (4, 28)):  # checks and blobs of look-alikes
         frame = toy.held_out_lookalike(seed)[0][:, 4]
         difference = {(y, x): (frame - frame.roll((y, x), (1, 2)))[:, 28:, 28:].abs().mean()
@@ -78,11 +68,12 @@ def test_motion_is_measured_as_rendered():
     for n, camera in enumerate(["pan", "zoom", "rotation", "still"] * 3):
         video, scene, _ = toy.held_out_of_kind(n, camera)
         assert toy.motion_error(video, scene) < (0.5 if scene["texture"] == "stripes" else 0.05), (n, scene)
+        assert ("velocity" in scene) == (camera == "still")
         right.append(effect.shows(video, toy.describe(scene), classes))
-        other = scene | {"camera": tuple(x + d for x, d in zip(scene["camera"], (0.6, 0.8, 0.0, 0.0)))}
-        assert toy.motion_error(video, other) == pytest.approx(0.5 if camera == "still" else 1, abs=0.3)
     assert sum(right) >= 11
-    assert not effect.shows(video, "fine green-white blobs, a red disc", classes)
+    # The last shows fine black-blue stripes and a red square.
+    for words in (("fine", "coarse"), ("black-blue", "blue-white"), ("stripes", "checks"), (", a red square", "")):
+        assert right[-1] and not effect.shows(video, toy.describe(scene).replace(*words), classes), words
     camera = (4.3, -2.6, 0.0, 0.0)
     noisy = frames(camera=camera) + 0.5 * randn(3, 9, 48, 66)  # only distant frames tell its motion so exactly
     assert toy.motion_error(noisy, STILL | {"camera": camera}) < 0.1
@@ -90,14 +81,11 @@ def test_motion_is_measured_as_rendered():
 
 def test_motion_error_by_hand(monkeypatch):
     """The flow of a camera over the frame, and a missing sprite, which counts as one at rest."""
-    video, scene, _ = toy.held_out(5, "still", False)
+    (video, scene, _), (y, x) = toy.held_out(5, "still", False), toy.pixel_grid().unbind(-1)
     for camera in ((0, 0, 0.01, 0), (0, 0, 0, 0.02), (0.3, 0.4, 0.01, 0.02)):
-        errors = []
-        for y, x in itertools.product(range(48), range(66)):
-            y, x = y - 23.5, x - 32.5
-            row, column, zoom, turn = camera
-            errors.append(math.hypot(row + zoom * y - turn * x, column + zoom * x + turn * y))
-        assert toy.motion_error(video, scene | {"camera": camera}) == pytest.approx(np.mean(errors), abs=0.01)
+        row, column, zoom, turn = camera
+        error = torch.hypot(row + zoom * y - turn * x, column + zoom * x + turn * y).mean().item()
+        assert toy.motion_error(video, scene | {"camera": camera}) == pytest.approx(error, abs=0.01)
     scene["velocity"] = 3.0, 4.0
     assert toy.motion_error(video, scene) == pytest.approx(2.5, abs=0.01)
     monkeypatch.setattr(toy, "measure_camera", lambda video: torch.tensor([1.0, -2.0, 0.03, math.pi / 180]))
@@ -134,14 +122,11 @@ def test_toy_codec_and_words():
             assert abs(place) + 4 * abs(velocity) + 0.7 * toy.RADIUS <= side / 2  # in view to the ends
 
 
-def test_toy_training_lowers_the_loss(tmp_path, capsys, monkeypatch):
-    save, saved = train.save_file, []
-    monkeypatch.setattr(train, "save_file", lambda weights, path: saved.append(path) or save(weights, path))
+def test_toy_training_lowers_the_loss(tmp_path, capsys):
     stages = (40, 1, (5, 24, 36), 0.8, 0.7, 1.0, 1.0), (10, 1, (9, 48, 66), 0.8, 0.0, 0.5, 0.0)
     train.train(tmp_path / "w.safetensors", stages, log=10)
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert len(losses) == 5 and losses[3] < 0.95 * losses[0] and losses[4] < losses[1], losses
-    assert [Path(path).name for path in saved] == ["w.safetensors.part"]  # a stopped training leaves what was there
     assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
     from safetensors.torch import load_file
 
@@ -150,7 +135,6 @@ def test_toy_training_lowers_the_loss(tmp_path, capsys, monkeypatch):
     train.train(tmp_path / "on.safetensors", [(1, 1, (1, 24, 36), 0.8, 0.0, 0.0, 0.0)], tmp_path / "w.safetensors")
     assert all(torch.equal(x, weights[name]) for name, x in load_file(tmp_path / "on.safetensors").items())
     assert {v.dtype for v in shipped.values()} == {torch.bfloat16}
-    assert (HERE / "lab/weights.safetensors").stat().st_size < 8e6
     assert not shipped["patch_embedding.weight"][:, 12:].any()  # the empty channels are neither read ...
     assert not shipped["head.head.weight"].unflatten(0, (9, 16))[:, 12:].any()  # ... nor written
 
@@ -177,11 +161,9 @@ def test_toy_matches_follow_the_content():
             assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
     i, j = fastvmt.frame_pairs(9, 5)
     flow, seen = effect.true_flow(STILL | {"camera": (1.5, -2.0, 0.0, 0.0)}, i, j)
-    true = ((j - i)[:, None] * torch.tensor([0.25, -1 / 3])).view(-1, 1, 1, 2).expand_as(flow)
-    target = true + fastvmt.row_column(torch.arange(88), 11).view(8, 11, 2)
-    inside = ((target >= 0) & (target <= torch.tensor([7, 10]))).all(-1)
-    assert seen[inside].all() and not seen.all()
-    close(flow[inside], true[inside], 1e-5)
+    true = (j - i)[:, None, None, None] * torch.tensor([0.25, -1 / 3])
+    close(flow[:, 2:-2, 2:-2], true.expand(-1, 4, 7, -1), 1e-5)
+    assert seen[:, 2:-2, 2:-2].all() and not seen.all()
 
 
 def test_toy_matching_loss():
@@ -209,14 +191,8 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert code == 0 and not err, err
     assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
     motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
-    demo = toy.held_out(0)[0]
-    assert motions[0] == toy.describe_motion(demo) and len(set(motions)) == 3
-    result = fastvmt.read_video("out.mp4", 9, (48, 66), fps=8)
-    picture = fastvmt.read_video("compare.mp4", 9, (522, 990), fps=8)
-    shown = picture[..., 42 + 2 : 282 : 5, 2::5]  # reference, plain and result, each pixel 5×5 large
-    assert (shown[..., :66] - demo).abs().mean() < 0.1
-    plain, guided = ((x - result).mean(1).abs().mean() for x in (shown[..., 66:132], shown[..., 132:]))
-    assert guided < plain / 4  # in grey: H.264 halves the resolution of colours
+    assert motions[0] == toy.describe_motion(toy.held_out(0)[0]) and len(set(motions)) == 3
+    assert Path("compare.mp4").exists()
     record = metadata_of(tmp_path / "out.mp4")
     assert {name: record[name] for name in toy.DEFAULTS if name not in ("compare", "tile", "lr")}.items() <= (
         toy.DEFAULTS | {"steps": 2}).items()  # fmt: skip
@@ -260,65 +236,58 @@ def test_the_method_moves_the_toy():
     assert guided < 0.5 * plain, errors
 
 
+def test_effect_says_what_it_measures(monkeypatch):
+    for name, stub in (
+        ("texture_classes", dict),
+        ("generate", lambda dit, seed, camera, args, config: (None, seed, seed, [4, 1])),  # errors of plain and guided
+        ("component_error", lambda result, seed, camera: result + seed % 2.0),
+        ("shows", lambda result, seed, classes: result == 4 or seed % 2 == 1),
+        ("true_flow", lambda scene, i, j: (torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool))),
+        ("READINGS", {name: effect.READINGS[name] for name in ("the toy's settings", "τ 1", "τ 1, no window")}),
+    ):
+        monkeypatch.setattr(effect, name, stub)
+    lines = list(effect.table(None, None, None, 2, 0))
+    assert lines[2] == "| pan, px | 2 | 4.50 ± 0.71 | 1.50 ± 0.71 | 0.33 |"
+    assert lines[-1] == "\nPrompt right: plain 8 of 8, and of these 4 guided; guided 4."
+    _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
+    flows = torch.tensor([3.0, 4.0]) * torch.tensor([1.0, 1.1]).repeat(99)[:, None]  # of every second clip a tenth more
+    read = iter(flows.repeat_interleave(3, 0))
+    monkeypatch.setattr(fastvmt, "motion_features", lambda *a: (next(read) * (a[-1].tau + (a[-1].window is None)), 0))
+    lines = [line.split(" | ")[1] for line in list(effect.readings(None, config, 2, 0))[1:4]]
+    assert lines == ["15.750 ± 0.750", "5.250 ± 0.250 (-10.500 ± 0.500)", "10.500 ± 0.500 (5.250 ± 0.250)"]
+
+
 # ---- The lab ---------------------------------------------------------------------------------------------------------
 
 
-def track_roll(video):
-    """Tracker of clips that are rolled as a whole: the peak of the correlation of each frame with the first."""
-    _, _, T, H, W = video.shape
-    spectrum = torch.fft.fft2(video[0].mean(0))
-    peak = torch.fft.ifft2(spectrum * spectrum[0].conj()).real.flatten(1).argmax(1)
-    shift = torch.stack([(peak // W + H // 2) % H - H // 2, (peak % W + W // 2) % W - W // 2], dim=-1)
-    points = torch.cartesian_prod(torch.arange(0.0, H, 8), torch.arange(0.0, W, 8))
-    return points[:, None] + shift, torch.ones(len(points), T, dtype=torch.bool)
+def pan_tracks(*velocity):
+    return randn(18, 1, 2) + torch.arange(5.0)[:, None] * torch.tensor(velocity)
 
 
-def roll_clip(*velocity):
-    return torch.stack([torch.roll(randn(3, 24, 48), [n * v for v in velocity], (1, 2)) for n in range(5)], 1)[None]
-
-
-def test_motion_fidelity_of_known_motion():
-    pan, opposite, across, still, fast = (
-        metrics.visible_tracks(*track_roll(roll_clip(*v))) for v in ((1, 2), (-1, -2), (2, -1), (0, 0), (2, 4))
-    )
-    for other, fidelity, error in ((pan, 1, 0), (opposite, -1, 20**0.5), (across, 0, 10**0.5), (still, 0, 5**0.5),
-                                   (fast, 1, 5**0.5)):  # fmt: skip
-        assert metrics.motion_fidelity(pan, other).item() == pytest.approx(fidelity, abs=1e-6)
-        assert metrics.track_error(pan, other).item() == pytest.approx(error, abs=1e-6)
-    assert metrics.motion_fidelity(still, still) == 1 and metrics.track_error(still, still) == 0
-    jitter, slow = still + 0.001 * randn(*still.shape), still + 0.02 * torch.arange(5.0)[:, None]
-    assert metrics.motion_fidelity(still, jitter) == 1  # a tracker's noise is no motion
-    assert metrics.motion_fidelity(still, slow) == 0
-    assert metrics.motion_fidelity(still[:0], pan).isnan() and metrics.track_error(pan, still[:0]).isnan()
-
-
-def test_motion_fidelity_equals_its_definition():
+def test_motion_measures_equal_their_definitions():
     ref, gen = randn(4, 6, 2, seed=1, dtype=torch.float64), randn(3, 6, 2, seed=2, dtype=torch.float64)
     ref[0, 2] = ref[0, 1]  # one step at rest
 
-    def cosine(a, b):
-        a, b = np.diff(a, axis=0), np.diff(b, axis=0)
-        length = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        return sum(x @ y / n if n else 0.0 for x, y, n in zip(a, b, length)) / len(a)
+    def cosine(x, y):
+        length = np.linalg.norm(x) * np.linalg.norm(y)
+        return x @ y / length if length else 0
 
-    table = np.array([[cosine(a, b) for b in gen.numpy()] for a in ref.numpy()])
-    expected = (np.mean([max(row) for row in table]) + np.mean([max(row) for row in table.T])) / 2
-    assert metrics.motion_fidelity(ref, gen).item() == pytest.approx(expected)
-    assert metrics.motion_fidelity(gen, ref).item() == pytest.approx(expected)
-    steps = np.array([[np.mean([np.hypot(*(np.diff(a, axis=0) - np.diff(b, axis=0))[k]) for k in range(5)])
-                       for b in gen.numpy()] for a in ref.numpy()])  # fmt: skip
-    expected = (np.mean([min(row) for row in steps]) + np.mean([min(row) for row in steps.T])) / 2
-    assert metrics.track_error(ref, gen).item() == pytest.approx(expected)
+    def error(x, y):
+        return np.linalg.norm(x - y)
+
+    for measure, of_steps, best in ((metrics.motion_fidelity, cosine, max), (metrics.track_error, error, min)):
+        table = [[np.mean([of_steps(*steps) for steps in zip(np.diff(a, axis=0), np.diff(b, axis=0))])
+                  for b in gen.numpy()] for a in ref.numpy()]  # fmt: skip
+        expected = (np.mean([best(row) for row in table]) + np.mean([best(column) for column in zip(*table)])) / 2
+        assert measure(ref, gen).item() == measure(gen, ref).item() == pytest.approx(expected)
+        assert measure(ref[:0], gen).isnan() and measure(ref, gen[:0]).isnan()
 
 
-def test_tracks_are_matched_by_their_own_motion():
-    points = torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
-    zoom = points[:, None] * (1 + 0.1 * torch.arange(5.0))[:, None]  # tracks of one direction have many speeds
-    assert metrics.track_error(zoom, zoom) == 0 and metrics.motion_fidelity(zoom, zoom).item() == pytest.approx(1)
-    alone = metrics.motion_fidelity(zoom, zoom[:5])  # all tracks of five count, and five of all
-    assert alone.item() == pytest.approx(metrics.motion_fidelity(zoom[:5], zoom).item()) and 0.6 < alone < 0.99
-    seen = torch.arange(100) < torch.tensor([[50], [49]])
-    tracks = randn(2, 100, 2)
+def test_what_is_at_rest_and_what_is_seen():
+    still = pan_tracks(0, 0)
+    jitter = still + 0.001 * randn(*still.shape)  # a tracker's noise is no motion
+    assert [metrics.motion_fidelity(still, x) for x in (still, jitter, pan_tracks(0.01, 0.02))] == [1, 1, 0]
+    tracks, seen = randn(2, 100, 2), torch.arange(100) < torch.tensor([[50], [49]])
     assert metrics.visible_tracks(tracks, seen).equal(tracks[:1])
 
 
@@ -329,7 +298,7 @@ def test_cotracker_is_handed_pixels_and_hands_out_rows_first(monkeypatch):
 
     model.to = lambda device: model
     monkeypatch.setattr(torch.hub, "load", lambda repo, name, trust_repo: model)
-    tracks, visible = metrics.load_cotracker()(roll_clip(0, 1))
+    tracks, visible = metrics.load_cotracker()(randn(1, 3, 5, 24, 48))
     assert tracks.equal(torch.tensor([2.0, 1.0]).expand(2, 5, 2))
     assert visible.equal(torch.tensor([[False], [True]]).expand(2, 5))
 
@@ -338,24 +307,21 @@ def test_clip_metrics():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = transformers.CLIPConfig(text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
-                        vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=16)  # fmt: skip
-    model, prompts = transformers.CLIPModel(config).eval(), []
+    config = transformers.CLIPConfig(
+        text_config=size | {"vocab_size": 99, "bos_token_id": 97, "eos_token_id": 98},
+        vision_config=size | {"image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    model, asked = transformers.CLIPModel(config).eval(), []
+    ids = transformers.BatchEncoding({"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)})
 
     def tokenizer(prompt, **options):
-        prompts.append((prompt, options))
-        return transformers.BatchEncoding(
-            {"input_ids": torch.tensor([[97, 5, 6, 98]]), "attention_mask": torch.ones(1, 4)}
-        )
+        asked.append((prompt, options["truncation"]))
+        return ids
 
-    clip = roll_clip(1, 0).sigmoid() * 2 - 1
+    clip = randn(1, 3, 5, 24, 48).tanh()
     frames, prompt = metrics.clip_features(model, tokenizer, clip, "a word")
-    assert (
-        prompts == [("a word", {"truncation": True, "return_tensors": "pt"})]
-        and frames.shape == (5, 16)
-        and prompt.shape == (1, 16)
-    )
-    ids = tokenizer("")
+    assert asked == [("a word", True)] and frames.shape == (5, 16) and prompt.shape == (1, 16)
     pixels = F.interpolate(clip[0].transpose(0, 1), (32, 64), mode="bicubic", antialias=True)[..., 16:48]
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -368,8 +334,6 @@ def test_clip_metrics():
     assert expected < 0.9999
     assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
     assert metrics.temporal_consistency(torch.eye(2)[[0, 0, 1]]) == 0.5  # of neighbours
-    still = metrics.clip_features(model, tokenizer, clip[:, :, :1].expand(-1, -1, 3, -1, -1), "")[0]
-    assert metrics.temporal_consistency(still).item() == pytest.approx(1)
 
 
 TABLE = "--model tiny --ref demo --prompt x --device cpu --frames 9 --size 32x48 --steps 3 --inner-steps 4".split()
@@ -410,7 +374,6 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
     assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
     assert float(plain["guidance s"]) < 0.5 * float(full["guidance s"])
     assert [plain[n] == other[n] for n in ("L_AMF", "flow cosine", "entropy")] == [True, True, False]  # measured alike
-    assert plain["L_AMF"] != full["L_AMF"]
     text = run_main(capsys, *TABLE, "--out", tmp_path / "out.mp4")[1]
     assert float(re.search(r"cosine ([-\d.]+)", text)[1]) == pytest.approx(float(full["flow cosine"]), abs=6e-4)
 
@@ -474,7 +437,7 @@ def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, mon
         return latents, columns | dict.fromkeys(["total s", "guidance s", "denoising s", "peak GiB"], 1.0)
 
     monkeypatch.setattr(table1, "run_row", run_row)
-    whole = run_table(capsys, *args, tmp_path / "whole")[1]
+    run_table(capsys, *args, tmp_path / "whole")
     assert len(calls) == 1 + 6  # the warm-up, then 2 prompts of 3 rows
     results = tmp_path / "killed" / "results.jsonl"
     for torn in (1, 2, 3):  # killed in the middle of writing this line
@@ -489,7 +452,6 @@ def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, mon
     calls.clear()
     out = run_table(capsys, *args, tmp_path / "killed")[1]
     assert len(calls) == 1 + 3 and out.endswith((tmp_path / "whole" / "table.md").read_text())
-    assert whole.endswith((tmp_path / "killed" / "table.md").read_text())
     lines = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").open()] for name in ("whole", "killed")]
     assert lines[0] == lines[1] and len({tuple(line["key"]) for line in lines[0]}) == 6
     calls.clear()
@@ -508,8 +470,12 @@ def test_tables_numbers_by_hand():
     assert table1.mean_and_error([1.0, 2.0, 4.5]) == "2.5 ± 1.0"  # standard deviation 1.80, over √3
     assert table1.mean_and_error([0.5, math.nan]) == "0.5" and table1.mean_and_error([math.nan]) == ""
     assert table1.mean_and_error([3, 3, 3]) == "3" and table1.mean_and_error([0.1234, 0.1236]) == "0.12350 ± 0.00010"
-    args, _ = table1.parse_arguments(TABLE)
-    rows = table1.make_rows([*TABLE, "--rows", "tau=2"], table1.parse_arguments([*TABLE, "--rows", "tau=2"])[0], 4)
+
+    def make_rows(*argv):
+        args, model = table1.parse_arguments(argv)
+        return args, table1.make_rows(argv, args, model.blocks)
+
+    args, rows = make_rows(*TABLE, "--rows", "tau=2")
     full, changed = (table1.settings_hash(row, args) for row in rows.values())
     for change, same in (({"negative_prompt": "y"}, False), ({"span": 2}, False), ({"preset": "x", "seed": 1}, True)):
         other = argparse.Namespace(**vars(args) | change)
@@ -517,11 +483,9 @@ def test_tables_numbers_by_hand():
             assert (table1.settings_hash(*pair) == full) == same, change
     values = {(full, "a"): 1.0, (full, "b"): 5.0, (changed, "a"): 1.5, (changed, "b"): 6.5, (changed, "c"): 9.0,
               ("else", "a"): 7.0}  # fmt: skip
-    argv = [*TABLE, "--rows", "blocks"]
-    blocks = {name: row.block for name, row in table1.make_rows(argv, table1.parse_arguments(argv)[0], 4).items()}
+    blocks = {name: row.block for name, row in make_rows(*TABLE, "--rows", "blocks")[1].items()}
     assert blocks == {"full method": 3, "block 1": 1, "block 2": 2, "block 4": 4}
-    argv = ["--model", "toy", "--device", "cpu", "--rows", "ablation"]
-    ablation = table1.make_rows(argv, table1.parse_arguments(argv)[0], 6)
+    ablation = make_rows(*"--model toy --device cpu --rows ablation".split())[1]
     assert len(ablation) == 1 + len(table1.ABLATION)
     paper, toys = ablation["the paper's numbers, clean"], ablation["full method"].config
     kept = {name: getattr(toys, name) for name in ("block", "tile", "window")}
@@ -567,21 +531,19 @@ def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
 
 
 def test_columns_of_real_videos(monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "load_cotracker", lambda device: track_roll)
+    def track(tracks):  # in place of a video
+        return tracks, torch.ones(tracks.shape[:2])
+
+    monkeypatch.setattr(metrics, "load_cotracker", lambda device: track)
     monkeypatch.setattr(metrics, "load_clip", lambda device: (_ for _ in ()).throw(OSError("no network\nat all")))
     (opened,) = table1.open_metrics("cpu")
     assert capsys.readouterr().out == "CLIP cannot be had, so its columns are left out (no network)\n"
-    columns = opened(roll_clip(1, 2))(roll_clip(2, 4), "x")
+    columns = opened(pan_tracks(1, 2))(pan_tracks(2, 4)[:7], "x")
     assert columns == {"motion fidelity": pytest.approx(1), "track error, px a frame": pytest.approx(5**0.5),
-                       "tracks": 18, "frames": 5}  # fmt: skip
-    features = torch.eye(4)[:2] + 1
-    monkeypatch.setattr(metrics, "clip_features", lambda model, tokenizer, video, prompt: (features, features[:1]))
+                       "tracks": 7, "frames": 5}  # fmt: skip
+    monkeypatch.setattr(metrics, "clip_features", lambda *a: (torch.eye(2), torch.eye(2)[:1]))
     columns = table1.clip_columns(("model", "tokenizer"), None)(None, "x")
-    cosine = (features[0] @ features[1] / 7).item()
-    assert columns == {
-        "text similarity": pytest.approx((1 + cosine) / 2),
-        "temporal consistency": pytest.approx(cosine),
-    }
+    assert columns == {"text similarity": 0.5, "temporal consistency": 0}
 
 
 def test_cost_counts_attention_and_live_memory():
@@ -601,6 +563,7 @@ def test_cost_counts_attention_and_live_memory():
             del x, y
         torch.empty(10**6, device="meta")  # in host memory
     assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
+    assert not 0 < cost.peak_memory("cpu") < 2**26  # bytes
 
 
 def test_peers(capsys, monkeypatch):
@@ -629,9 +592,9 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     blocks = []
     monkeypatch.setattr(cost, "count", lambda args, model: blocks.append(args.config.block) or counted)
     code, out, err = run_table(capsys, *args, "--dry-run", "--rows", "ref_noise=match, interval=1",
-                               "no_transfer, velocity_interval=3", "block=2")  # fmt: skip
+                               "no_transfer, velocity_interval=3", "block=2", "window=2")  # fmt: skip
     assert code == 0 and not err, err
-    assert blocks == [3, 2]  # what differs in what it computes is counted anew
+    assert blocks == [3, 2, 3]  # what differs in what it computes is counted anew
     parsed.frames = 8
     assert [shape[2] for shape in cost.latent_shape(parsed, model)] == [5, 2]
     tables = read_table(out)
@@ -664,11 +627,16 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     dit = wan_min.random_model(wan_min.DiT, wan_min.ARCHITECTURES["tiny"][0])
     block = sum(p.nbytes for p in dit.blocks[0].parameters())
     assert stored > recomputed and 2 * block <= recomputed - offloaded < 4 * block  # two of four are there at most
+    seconds = itertools.count()
+    monkeypatch.setattr(cost, "clock", lambda device: next(seconds) ** 2)  # each run takes 4 s longer than the last
     code, out, err = run_table(capsys, *args, "--bench", "--checkpoint", "on", "--peak-tflops", "100")
     assert code == 0 and not err, err
-    rows = {row: cells for (_, row), cells in read_table(out).items()}
-    assert set(rows) == set(table) and "A run: guidance" in out
+    rows = {row: {n: float(x.strip("%")) for n, x in cells.items() if n} for (_, row), cells in read_table(out).items()}
+    assert set(rows) == set(table) and [cells["s"] for cells in rows.values()] == [1, 9, 17, 25, 33, 41]
+    assert rows["gradient"]["TFLOP"] == pytest.approx(flops["gradient"][1] / 1e12, rel=0.006)
     for cells in rows.values():
-        assert float(cells["s"]) > 0 and float(cells["TFLOP/s"]) > 0 and cells["of the peak"] == "0%"
+        assert cells["TFLOP/s"] == pytest.approx(cells["TFLOP"] / cells["s"], rel=0.01) and cells["of the peak"] == 0
+    assert f"A run: guidance {17 + 12 * 25} s, denoising {10 * 41} s." in out
+    assert not any(x in y for x, y in itertools.combinations(cost.PEAK_TFLOPS, 2))  # the first that fits a card counts
     monkeypatch.undo()
     assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")
