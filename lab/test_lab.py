@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import re
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import fastvmt
 import wan_min
 from lab import cost, effect, metrics, table1, toy, train
-from test_fastvmt import HERE, close, metadata_of, randn, run_main, write_clip
+from test_fastvmt import HERE, close, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy
@@ -82,10 +81,8 @@ def test_motion_is_measured_as_rendered():
 def test_motion_error_by_hand(monkeypatch):
     """The flow of a camera over the frame, and a missing sprite, which counts as one at rest."""
     (video, scene, _), (y, x) = toy.held_out(5, "still", False), toy.pixel_grid().unbind(-1)
-    for camera in ((0, 0, 0.01, 0), (0, 0, 0, 0.02), (0.3, 0.4, 0.01, 0.02)):
-        row, column, zoom, turn = camera
-        error = torch.hypot(row + zoom * y - turn * x, column + zoom * x + turn * y).mean().item()
-        assert toy.motion_error(video, scene | {"camera": camera}) == pytest.approx(error, abs=0.01)
+    error = torch.hypot(0.3 + 0.01 * y - 0.02 * x, 0.4 + 0.01 * x + 0.02 * y).mean().item()
+    assert toy.motion_error(video, scene | {"camera": (0.3, 0.4, 0.01, 0.02)}) == pytest.approx(error, abs=0.01)
     scene["velocity"] = 3.0, 4.0
     assert toy.motion_error(video, scene) == pytest.approx(2.5, abs=0.01)
     monkeypatch.setattr(toy, "measure_camera", lambda video: torch.tensor([1.0, -2.0, 0.03, math.pi / 180]))
@@ -118,8 +115,6 @@ def test_toy_codec_and_words():
         scene = toy.draw_scene(torch.Generator().manual_seed(seed))
         known, unknown = toy.known_words(toy.describe(scene))
         assert not unknown and len(known) == 3 + ("color" in scene) * (2 + scene.get("striped", 0))
-        for side, place, velocity in zip(toy.SIZE, scene.get("place", ()), scene.get("velocity", ())):
-            assert abs(place) + 4 * abs(velocity) + 0.7 * toy.RADIUS <= side / 2  # in view to the ends
 
 
 def test_toy_training_lowers_the_loss(tmp_path, capsys):
@@ -160,10 +155,11 @@ def test_toy_matches_follow_the_content():
                            for n, grid in zip((i, j), grids))  # fmt: skip
             assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
     i, j = fastvmt.frame_pairs(9, 5)
-    flow, seen = effect.true_flow(STILL | {"camera": (1.5, -2.0, 0.0, 0.0)}, i, j)
-    true = (j - i)[:, None, None, None] * torch.tensor([0.25, -1 / 3])
+    flow, seen = effect.true_flow(STILL | {"camera": (1.4, -2.0, 0.0, 0.0)}, i, j)
+    true = (j - i)[:, None, None, None] * torch.tensor([1.4, -2.0]) / 6
+    target = true + fastvmt.row_column(torch.arange(88), 11).view(8, 11, 2)
+    assert seen.equal(((target > -0.5) & (target < torch.tensor([7.5, 10.5]))).all(-1))
     close(flow[:, 2:-2, 2:-2], true.expand(-1, 4, 7, -1), 1e-5)
-    assert seen[:, 2:-2, 2:-2].all() and not seen.all()
 
 
 def test_toy_matching_loss():
@@ -192,10 +188,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
     motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
     assert motions[0] == toy.describe_motion(toy.held_out(0)[0]) and len(set(motions)) == 3
-    assert Path("compare.mp4").exists()
-    record = metadata_of(tmp_path / "out.mp4")
-    assert {name: record[name] for name in toy.DEFAULTS if name not in ("compare", "tile", "lr")}.items() <= (
-        toy.DEFAULTS | {"steps": 2}).items()  # fmt: skip
+    assert Path("compare.mp4").exists()  # as its defaults say
     ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
@@ -203,7 +196,6 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
         (["--prompt", "a fox"], "does not know fox; it knows coarse"),
         (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
         (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
-        (["--block", "7", "--prompt", "red"], "1 to 6"),
         (["--random-weights", "--prompt", "red"], "neither --offload nor --random-weights"),
     ):
         code, _, err = run_main(capsys, *args, *extra)
@@ -250,9 +242,13 @@ def test_effect_says_what_it_measures(monkeypatch):
     assert lines[2] == "| pan, px | 2 | 4.50 ± 0.71 | 1.50 ± 0.71 | 0.33 |"
     assert lines[-1] == "\nPrompt right: plain 8 of 8, and of these 4 guided; guided 4."
     _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
-    flows = torch.tensor([3.0, 4.0]) * torch.tensor([1.0, 1.1]).repeat(99)[:, None]  # of every second clip a tenth more
-    read = iter(flows.repeat_interleave(3, 0))
-    monkeypatch.setattr(fastvmt, "motion_features", lambda *a: (next(read) * (a[-1].tau + (a[-1].window is None)), 0))
+    calls = itertools.count()
+
+    def features(dit, x, sigma, context, config):
+        clip = next(calls) // 3 % 2
+        return torch.tensor([3.0, 4.0]) * (1 + 0.1 * clip) * (config.tau + (config.window is None)), None
+
+    monkeypatch.setattr(fastvmt, "motion_features", features)
     lines = [line.split(" | ")[1] for line in list(effect.readings(None, config, 2, 0))[1:4]]
     assert lines == ["15.750 ± 0.750", "5.250 ± 0.250 (-10.500 ± 0.500)", "10.500 ± 0.500 (5.250 ± 0.250)"]
 
@@ -326,13 +322,9 @@ def test_clip_metrics():
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # as OpenAI published them
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
-        outputs = model(pixel_values=((pixels + 1) / 2 - mean) / std, **ids)  # logits = scale · cosine
-    expected = (outputs.logits_per_image / model.logit_scale.exp()).mean()
-    assert metrics.text_similarity(frames, prompt).item() == pytest.approx(expected.item(), abs=0.003)
-    embeds = outputs.image_embeds
-    expected = (embeds[1:] * embeds[:-1]).sum(-1).mean()
-    assert expected < 0.9999
-    assert metrics.temporal_consistency(frames).item() == pytest.approx(expected.item(), abs=0.001)
+        outputs = model(pixel_values=((pixels + 1) / 2 - mean) / std, **ids)
+    close(F.normalize(frames), outputs.image_embeds, 0.01)
+    close(F.normalize(prompt), outputs.text_embeds, 1e-5)
     assert metrics.temporal_consistency(torch.eye(2)[[0, 0, 1]]) == 0.5  # of neighbours
 
 
@@ -387,10 +379,12 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
         return true(dit, noise, sigmas, *contexts, **options)
 
     monkeypatch.setattr(fastvmt, "sample", spy)
+    monkeypatch.setattr(wan_min, "whole_where_it_fits", lambda *args: pytest.fail("not in tiles"))
     rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5,cfg_scale=1",
             "steps=2, negative_prompt=blurred"]  # fmt: skip
-    args = [*TABLE, "--out", tmp_path, "--strength", "0.9", "--seed", "3", "--checkpoint", "on"]
-    assert run_table(capsys, *args, "--negative-prompt", "", "--rows", *rows)[0] == 0
+    args = "--strength 0.9 --seed 3 --checkpoint on --vae-tiles --keep-videos --negative-prompt".split()
+    assert run_table(capsys, *TABLE, "--out", tmp_path, *args, "", "--rows", *rows)[0] == 0
+    assert len(list(tmp_path.glob("*.mp4"))) == 5
     (_, contexts, full), (_, _, first), (plain, _, none), (start, _, last), (short, others, _) = seen[1:]  # warmed up
     assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
     assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
@@ -403,14 +397,6 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
                       ("tau=x", "tau"), ("compile", "compile")):  # fmt: skip
         code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
         assert code == 2 and word in err and err.count("\n") == 1 and "goes on" not in err, err
-
-
-def test_the_table_tiles_the_vae_and_keeps_videos_when_asked(tmp_path):
-    args, model = table1.parse_arguments([*TABLE, "--vae-tiles", "--keep-videos", "--out", str(tmp_path)])
-    asked, load = [], model.load_codec
-    model = model._replace(load_codec=lambda tiles=False: asked.append(tiles) or load(tiles))
-    table1.compute({"full method": args}, table1.make_clips(args, model), args, model)
-    assert asked == [True] and len(list(tmp_path.glob("*.mp4"))) == 1
 
 
 def test_the_table_reads_its_clips_as_told(tmp_path):
@@ -429,41 +415,38 @@ def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, mon
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\n")
     args = [*TABLE, "--rows", "w/o window loss", "tau=2", "--prompts", prompts, "--out"]
-    true, calls = table1.run_row, []
+    true, calls, most = table1.run_row, [], [7]  # the warm-up, then 2 prompts of 3 rows
 
-    def run_row(*a):
-        calls.append(a)
-        latents, columns = true(*a)
-        return latents, columns | dict.fromkeys(["total s", "guidance s", "denoising s", "peak GiB"], 1.0)
+    def run_row(*inputs):
+        calls.append(inputs)
+        if len(calls) > most[0]:
+            raise KeyboardInterrupt
+        return true(*inputs)
+
+    def run(name, *more):
+        """Exit code, output and messages, and each result's key and loss."""
+        calls.clear()
+        outcome = run_table(capsys, *args, tmp_path / name, *more)
+        lines = table1.read_results(tmp_path / name / "results.jsonl")
+        return *outcome, [(line["key"], line["columns"]["L_AMF"]) for line in lines]
 
     monkeypatch.setattr(table1, "run_row", run_row)
-    run_table(capsys, *args, tmp_path / "whole")
-    assert len(calls) == 1 + 6  # the warm-up, then 2 prompts of 3 rows
-    results = tmp_path / "killed" / "results.jsonl"
-    for torn in (1, 2, 3):  # killed in the middle of writing this line
-        monkeypatch.setattr(table1, "run_row", lambda *a, n=iter(range(10)): [run_row(*a), next(n) < 2 or stop()][0])
-        code, _, err = run_table(capsys, *args, tmp_path / "killed")
-        assert code == 130 and "interrupted; the same command goes on" in err
-        lines = results.read_text().splitlines(True)
-        assert len(lines) == torn
-        results.write_text("".join(lines) + lines[-1][:50])
-        assert len(table1.read_results(results)) == torn
-    monkeypatch.setattr(table1, "run_row", run_row)
-    calls.clear()
-    out = run_table(capsys, *args, tmp_path / "killed")[1]
-    assert len(calls) == 1 + 3 and out.endswith((tmp_path / "whole" / "table.md").read_text())
-    lines = [[json.loads(line) for line in (tmp_path / name / "results.jsonl").open()] for name in ("whole", "killed")]
-    assert lines[0] == lines[1] and len({tuple(line["key"]) for line in lines[0]}) == 6
-    calls.clear()
-    monkeypatch.setattr(wan_min, "load", None)  # what is on disk needs no model
-    assert run_table(capsys, *args, tmp_path / "killed")[0] == 0 and not calls
-    results.write_text(results.read_text().replace(lines[0][0]["code"], "older"))
-    code, out, _ = run_table(capsys, *args, tmp_path / "killed", "--table-only")
+    whole = run("whole")[3]
+    assert len(calls) == 7 and len({tuple(key) for key, _ in whole}) == 6
+    results, most[0] = tmp_path / "killed" / "results.jsonl", 2
+    for done in (1, 2, 3):
+        code, _, err, found = run("killed")
+        assert code == 130 and "interrupted; the same command goes on" in err and found == whole[:done]
+        with results.open("a") as file:
+            file.write(results.read_text()[:50])  # a line that it was killed in the middle of
+    most[0] = 7
+    assert run("killed")[3] == whole and len(calls) == 1 + 3
+    monkeypatch.setattr(wan_min, "random_model", None)  # what is on disk needs no model
+    assert run("killed")[0] == 0 and not calls
+    text = results.read_text().replace(table1.code_hash(), "older")
+    results.write_text(text + text[:50])
+    code, out, *_ = run("killed", "--table-only")
     assert code == 0 and not calls and "6 results" in out and "another version of the code" in out
-
-
-def stop():
-    raise KeyboardInterrupt
 
 
 def test_tables_numbers_by_hand():
