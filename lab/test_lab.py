@@ -187,7 +187,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
     motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
     assert motions[0] == toy.describe_motion(toy.held_out(0)[0]) and len(set(motions)) == 3
-    assert Path("compare.mp4").exists()  # as its defaults say
+    assert Path("compare.mp4").exists()
     ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
@@ -351,7 +351,8 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
               "lambda_window=0, tau=2": (2, 24 + 2 * 3, 2 * 2), "block=2": (2, 24 + 3, 2),
               "no_transfer, tau=2, alpha=0.5": (0, 24, 0), "velocity_interval=3": (2, 16 + 2 * 3, 2 * 2)}  # fmt: skip
     rows = [*counts][1:] + ["interval=3"]  # which is the full method's
-    code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--checkpoint", "on", "--rows", *rows)
+    args = [*TABLE, "--tau", "30"]  # or flows of random weights hardly differ
+    code, out, err = run_table(capsys, *args, "--out", tmp_path, "--checkpoint", "on", "--rows", *rows)
     assert code == 0 and not err, err
     table = read_table((tmp_path / "table.md").read_text())
     assert out.endswith((tmp_path / "table.md").read_text())
@@ -365,7 +366,7 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
     assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
     assert float(plain["guidance s"]) < 0.5 * float(full["guidance s"])
     assert [plain[n] == other[n] for n in ("L_AMF", "flow cosine", "entropy")] == [True, True, False]  # measured alike
-    text = run_main(capsys, *TABLE, "--out", tmp_path / "out.mp4")[1]
+    text = run_main(capsys, *args, "--out", tmp_path / "out.mp4")[1]
     assert float(re.search(r"cosine ([-\d.]+)", text)[1]) == pytest.approx(float(full["flow cosine"]), abs=6e-4)
 
 
@@ -541,7 +542,7 @@ def test_cost_counts_attention_and_live_memory():
             del x, y
         torch.empty(10**6, device="meta")  # in host memory
     assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
-    assert not 0 < cost.peak_memory("cpu") < 2**26  # bytes
+    assert not 0 < cost.peak_memory("cpu") < 2**26
 
 
 def test_peers(capsys, monkeypatch):
