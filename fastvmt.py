@@ -559,7 +559,7 @@ def build_parser():
     add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
     add("--velocity-interval", type=int, default=1, help="steps after the guided ones that share one velocity")
     add("--strength", type=float, default=1.0, help="below 1, start from the noised reference (authors' code: 0.75)")
-    texts = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(MotionConfig), re.M))  # its comments
+    texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
         options = {"type": types.get(f.name, type(f.default))}

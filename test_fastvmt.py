@@ -1293,6 +1293,18 @@ DEMO = shlex.split("--ref demo --prompt 'a red fox' --model tiny --steps 2 --inn
                    "--frames 5")  # fmt: skip
 
 
+def failing_once(function):
+    """It, but that its first call finds the memory full."""
+    calls = iter([True])
+
+    def call(*args):
+        if next(calls, False):
+            raise OUT_OF_MEMORY[0]
+        return function(*args)
+
+    return call
+
+
 def failing(error):
     """A function that raises it."""
 
@@ -1430,11 +1442,28 @@ def test_user_errors(folder, capsys, monkeypatch):
 def test_help_shows_every_setting_with_default_and_source(capsys):
     with pytest.raises(SystemExit):
         fastvmt.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split()).split("options:")[1]
     for f in dataclasses.fields(MotionConfig):
-        assert f.metadata["help"] in text and re.search(r"(eq|Sec|App|Alg)\.", f.metadata["help"])
-    for default in ("15", "21", "(3, 4)", "(0.003, 0.002)", "5.8", "7.0", "50", "81"):
-        assert f"(default: {default})" in text
+        shown = re.search(rf" --{f.name.replace('_', '-')} (.*?) \(default: (.*?)\)(?= --|$)", text)
+        assert re.search(r"(eq|Sec|App)\.", shown[1]) and shown[2] == str(f.default), shown
+
+
+def test_a_new_setting_becomes_a_flag(monkeypatch):
+    """Of any kind, tuples of any length too: whoever adds one changes nothing else."""
+
+    @dataclasses.dataclass
+    class Longer:
+        span: int = 5  # temporal span (eq. 3)
+        blocks: tuple = (1, 2, 3)  # three blocks (here)
+        weights: tuple = ()  # as many as there are (here)
+        name: str = "a"  # what it is called (here)
+
+    monkeypatch.setattr(fastvmt, "MotionConfig", Longer)
+    parser = fastvmt.build_parser()
+    assert "three blocks (here) (default: (1, 2, 3))" in parser.format_help()
+    args = parser.parse_args("--blocks 4 5 6 --weights 0.5 2 --name b".split())
+    assert (args.blocks, args.weights, args.name, args.span) == ([4, 5, 6], [0.5, 2.0], "b", 5)
+    assert parser.parse_args([]).weights == () and parser.parse_args(["--weights"]).weights == []
 
 
 def test_every_flag_arrives(folder, capsys, monkeypatch):
@@ -1824,7 +1853,7 @@ def metadata_of(path):
     return json.loads(re.sub(r"\\([=;#\\])", r"\1", comment))
 
 
-def test_provenance_comparison_and_summary(folder, capsys):
+def test_provenance_and_comparison(folder, capsys, monkeypatch):
     prompt = 'a "red" fox; snow = white # 狐狸 \\ {}'
     write_clip(folder / "in.mp4")
     code, text, err = run_main(capsys, *DEMO, "--prompt", prompt, "--ref", folder / "in.mp4", "--compare", "c.mp4",
@@ -1838,8 +1867,10 @@ def test_provenance_comparison_and_summary(folder, capsys):
                      torch=torch.__version__)  # fmt: skip
         assert {name: record[name] for name in known} == known
         assert set(MotionConfig().__dict__) < set(record) and str(folder) not in json.dumps(record)
-    video = fastvmt.read_video("c.mp4", 81, (42 + 2 * 256, 2 * 384), fps=8)
-    assert video.shape == (1, 3, 5, 42 + 2 * 256, 2 * 384) and "8 fps" in ffmpeg("-i", "c.mp4")
+        assert record["vae_tiles"] is False
+    assert "768x256" in ffmpeg("-i", "c.mp4") and "8 fps" in ffmpeg("-i", "c.mp4")
+    monkeypatch.setattr(VAE, "tiled", failing_once(VAE.tiled))  # the fall back to tiles changes the result
+    assert run_main(capsys, *DEMO)[0] == 0 and metadata_of(Path("out.mp4"))["vae_tiles"] is True
 
 
 def test_the_demo_slides_right_and_down():
