@@ -19,8 +19,9 @@ from fastvmt import amf_loss, attention_motion_flow, head_average, motion_featur
 
 
 def several_blocks(dit, x, sigma, context, config, **options):
-    """Several DiT blocks: their flows side by side, as a wider frame, over which the losses average."""
-    readings = [motion_features(dit, x, sigma, context, replace(config, block=n), **options) for n in (1, 3)]
+    """Two DiT blocks: their flows side by side, as of a larger frame, over which the losses average."""
+    blocks = config.block - 1, config.block
+    readings = [motion_features(dit, x, sigma, context, replace(config, block=n), **options) for n in blocks]
     flows, key_means = zip(*readings)
     return torch.cat(flows, dim=1), torch.cat(key_means, dim=1)
 
@@ -64,7 +65,7 @@ def three_best(dit, x, sigma, context, config, **options):
 
 
 def masked(reference, generated, *, num_frames, config):
-    """Only a part of the frame counts: a mask over tokens, here all but two rows and three columns."""
+    """Only a part of the frame counts, told by a mask over tokens: here all but two rows and three columns."""
     (flow_ref, _), (flow_gen, _) = reference, generated
     mask = torch.zeros(flow_gen.shape[1:3], device=flow_gen.device)  # (H, W)
     mask[2:, 3:] = 1

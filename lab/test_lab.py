@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 import fastvmt
 import wan_min
-from lab import cost, effect, metrics, table1, toy, train
-from test_fastvmt import HERE, close, randn, run_main, write_clip
+from lab import changes, cost, effect, metrics, table1, toy, train
+from test_fastvmt import HERE, close, moving_texture, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy
@@ -185,8 +185,8 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     code, text, err = run_main(capsys, *args, "--prompt", "fine black and white checks under a purple sky")
     assert code == 0 and not err, err
     assert "the toy does not know under, purple, sky; it knows coarse, fine" in text
-    motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "plain", "result")]
-    assert motions[0] == toy.describe_motion(toy.held_out(0)[0]) and len(set(motions)) == 3
+    motions = [re.search(f"motion of the {name}: (.*)", text)[1] for name in ("reference", "result")]
+    assert motions[0] == toy.describe_motion(toy.held_out(0)[0]) != motions[1]
     assert Path("compare.mp4").exists()
     ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
@@ -195,7 +195,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
         (["--prompt", "a fox"], "does not know fox; it knows coarse"),
         (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
         (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
-        (["--random-weights", "--prompt", "red"], "neither --offload nor --random-weights"),
+        (["--offload", "--prompt", "red"], "neither --offload nor --random-weights"),
     ):
         code, _, err = run_main(capsys, *args, *extra)
         assert code == 2 and message in err and len(err.splitlines()) == 1, (extra, err)
@@ -366,8 +366,6 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
     assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
     assert float(plain["guidance s"]) < 0.5 * float(full["guidance s"])
     assert [plain[n] == other[n] for n in ("L_AMF", "flow cosine", "entropy")] == [True, True, False]  # measured alike
-    text = run_main(capsys, *args, "--out", tmp_path / "out.mp4")[1]
-    assert float(re.search(r"cosine ([-\d.]+)", text)[1]) == pytest.approx(float(full["flow cosine"]), abs=6e-4)
 
 
 def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
@@ -379,12 +377,15 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
         return true(dit, noise, sigmas, *contexts, **options)
 
     monkeypatch.setattr(fastvmt, "sample", spy)
-    monkeypatch.setattr(wan_min, "whole_where_it_fits", lambda *args: pytest.fail("not in tiles"))
+    tiled = wan_min.VAE.tiled
+    monkeypatch.setattr(wan_min.VAE, "tiled", lambda *args: tiled(*args) if args[4] else pytest.fail("not in tiles"))
     rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5,cfg_scale=1",
             "steps=2, negative_prompt=blurred"]  # fmt: skip
     args = "--strength 0.9 --seed 3 --checkpoint on --vae-tiles --keep-videos --negative-prompt".split()
     assert run_table(capsys, *TABLE, "--out", tmp_path, *args, "", "--rows", *rows)[0] == 0
-    assert len(list(tmp_path.glob("*.mp4"))) == 5
+    assert len(list(tmp_path.glob("*.mp4"))) == 6
+    (shown,) = tmp_path.glob("compare-*.mp4")  # reference and five rows, each pixel eight times as large
+    assert fastvmt.read_video(shown, 9, (554, 6 * 384)).shape == (1, 3, 9, 554, 6 * 384)
     (_, contexts, full), (_, _, first), (plain, _, none), (start, _, last), (short, others, _) = seen[1:]  # warmed up
     assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
     assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
@@ -626,3 +627,133 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     assert not any(x in y for x, y in itertools.combinations(cost.PEAK_TFLOPS, 2))  # the first that fits a card counts
     monkeypatch.undo()
     assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")
+
+
+def test_flow_agreement():
+    ref = torch.zeros(1, 2, 3, 2)
+    ref[0, 0] = torch.tensor([0.0, 2.0])
+    gen = torch.full((1, 2, 3, 2), 9.0)  # where the reference rests, it does not count
+    gen[0, 0] = torch.tensor([[0.0, 3.0], [0.0, -2.0], [2.0, 0.0]])
+    cosine, error = metrics.flow_agreement(ref, gen)
+    assert cosine == pytest.approx(0) and error == pytest.approx((1 + 4 + 8**0.5) / 3)
+    assert metrics.flow_agreement(ref, ref) == pytest.approx((1, 0))
+    assert math.isnan(metrics.flow_agreement(gen * 0, gen)[0])
+
+
+def test_comparison_shows_clips_captions_and_motion():
+    clips = {name: randn(1, 3, 5, 32, 48, seed=n).clamp(-1, 1) for n, name in enumerate(("reference", "result"))}
+    flows = torch.zeros(2, 1, 4, 6, 2)  # of one pair of latent frames, over all five frames
+    flows[0, 0, :, :4] = torch.tensor([[[0.0, 2.0]], [[2.0, 0.0]], [[0.0, -2.0]], [[-1.0, 0.0]]])
+    flows[1] = flows[0] / 2
+    picture = effect.compare_video(clips, flows)
+    assert picture.shape == (1, 3, 5, 42 + 2 * 256, 2 * 384)  # under 240 rows: enlarged eight times
+    captions, pictures, motions = picture[0].split([42, 256, 256], dim=2)
+    colors = torch.tensor([[1, -0.5, -0.5], [0, 0.866, -0.866], [-1, 0.5, 0.5], [0, -0.433, 0.433]])  # of each row
+    for n, clip in enumerate(clips.values()):
+        assert torch.equal(pictures[:, :, 3::8, n * 384 + 5 : (n + 1) * 384 : 8], clip[0])
+        shown = motions[:, :, 32::64, n * 384 + 32 : (n + 1) * 384 : 64]  # the middle of each token
+        true = colors.T[:, None, :, None].expand(3, 5, 4, 4) / (n + 1)  # one scale for all clips
+        close(shown[..., :4], true, 1e-2)
+        assert not shown[..., 4:].any()  # grey where it rests
+    left, right = captions.split(384, dim=3)
+    assert torch.equal(left[:, 0], left[:, 4]) and not torch.equal(left, right)  # "reference", "result"
+    for caption in (left, right):
+        lines = (caption[:, 0] > 0.5).any(0)  # white on black
+        assert lines[3:20].any() and lines[20:40].sum() > 200 and lines.float().mean() < 0.3
+    slow = effect.compare_video({"result": clips["reference"]}, 0.1 * flows[:1])  # hardly any motion, faint colours
+    assert torch.equal(slow[0, :, :, :42], right) and 0.1 < slow[0, :, :, -256:].abs().max() < 0.5
+
+
+def test_entropy_of_attention_in_shares_of_uniform():
+    Q, K = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 5)
+    Q[..., 0] = 40
+
+    def entropy(**options):
+        return metrics.attention_entropy(Q, K, fastvmt.MotionConfig(span=1, **options)).item()
+
+    for window in (None, 2):
+        assert entropy(window=window) == pytest.approx(1)  # all keys are alike
+    K[..., 0], K[:, 1, 2, 0] = -9, 1
+    assert entropy(window=None) == pytest.approx(0, abs=1e-6)  # one key has all attention, the others 0
+    K[:, 0, 3, 0] = 1
+    assert entropy(window=None) == pytest.approx(math.log(2) / math.log(8))  # two of eight
+    assert entropy(window=2, center="argmax", tile=(2, 4)) == pytest.approx(0.5)  # two of four
+    assert entropy(window=1) == 0
+    K[:, 0, 3, 0] = 0.9  # τ sharpens
+    assert entropy(window=None, tau=2.0) < entropy(window=None, tau=1.0) - 0.05
+
+
+# ---- Changes of the method -------------------------------------------------------------------------------------------
+
+
+def test_changes_run_and_change_the_result():
+    model = wan_min.open_model("tiny")
+    reference = randn(1, 16, 5, 8, 14)
+    context, negative, null = model.encode_prompts(["a", "", "b"]).split(1)
+    dit, config = model.load_dit(), fastvmt.MotionConfig(block=3, window=3, tau=9.0)
+    options = [{}, *({seam: change} for seam, found in changes.CHANGES.items() for change in found)]
+    results = []
+    for change in options:
+        torch.manual_seed(0)
+        results.append(fastvmt.sample(dit, randn(1, 16, 5, 8, 14, seed=1), wan_min.flow_sigmas(2), context, negative,
+                                      reference=reference, null=null, config=config, **change))  # fmt: skip
+    assert len(results) == 9 and all(x.isfinite().all() for x in results)
+    assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(results, 2))
+
+
+def test_changes_do_what_they_say():
+    config = fastvmt.MotionConfig(block=1, span=2, window=5, tile=(2, 2), tau=4.0)
+    flow_ref, flow_gen = randn(5, 6, 8, 2), randn(5, 6, 8, 2, seed=1)  # of 4 frames
+
+    def loss(change, gen, ref=flow_ref):
+        return change((ref, None), (gen, None), num_frames=4, config=config)[0].item()
+
+    inside, outside = flow_gen.clone(), flow_gen.clone()
+    inside[:, 2:, 3:] += 1
+    outside[:, :2] += 1
+    assert loss(changes.masked, outside) == loss(changes.masked, flow_gen) != loss(changes.masked, inside)
+    assert loss(changes.directions, 3 * flow_ref) == pytest.approx(0, abs=1e-6)
+    assert loss(changes.directions, -flow_ref) == pytest.approx(2)
+    moving = torch.zeros(5, 6, 8, 2)
+    moving[:, 0, 0] = 10.0
+    errors = [moving.clone(), moving.clone()]
+    errors[0][:, 0, 0] += 1  # where the reference moves
+    errors[1][:, 5, 5] += 1
+    ratio = loss(changes.by_speed, errors[0], moving) / loss(changes.by_speed, errors[1], moving)
+    assert ratio == pytest.approx((200**0.5 + 0.1) / 0.1)
+
+    class Heads:  # a texture that moves a column a frame; of two heads one sees it louder
+        patch_size = (1, 1, 1)
+
+        def qk(self, x, t, context, block):
+            assert t == 500
+            tokens = moving_texture(4, (6, 8), (0, block), scale=6.0).flatten(0, 2)
+            return [torch.stack([tokens, tokens / 2], dim=1)[None]] * 2
+
+    x = torch.zeros(1, 1, 4, 6, 8)
+    inner = (slice(None), slice(1, -1), slice(2, -4))
+    true = fastvmt.motion_features(Heads(), x, 0.5, None, config)
+    for a, b in zip(changes.three_best(Heads(), x, 0.5, None, config), true):
+        assert a.shape == b.shape
+    close(changes.three_best(Heads(), x, 0.5, None, config)[0][inner], true[0][inner], 0.1)
+    flow, key_mean = changes.per_head(Heads(), x, 0.5, None, config)
+    texture = moving_texture(4, (6, 8), (0, 1), scale=6.0)
+    for head, loudness in enumerate((1, 0.5)):
+        alone = fastvmt.attention_motion_flow(*[texture * loudness] * 2, span=2, window=5, tile=(2, 2), tau=4.0)
+        close(flow[:, 6 * head : 6 * head + 6], alone[0], 1e-5)
+        close(key_mean[:, 12 * head : 12 * head + 12], alone[1], 1e-5)
+    flow, key_mean = changes.several_blocks(Heads(), x, 0.5, None, dataclasses.replace(config, block=2))
+    assert flow[:, 6:][inner][0, ..., 1].mean() > flow[:, :6][inner][0, ..., 1].mean() + 0.5  # two columns, and one
+
+    def solve(step, steps):  # dx/dσ = x from 1 to 0
+        x = torch.ones((), dtype=torch.float64)
+        for n in range(steps, 0, -1):
+            x = step(lambda x, sigma: x, x, n / steps, (n - 1) / steps)
+        return abs(x.item() - math.exp(-1))
+
+    assert 3 < solve(changes.heun, 16) / solve(changes.heun, 32) < 5
+    assert 1.5 < solve(fastvmt.euler_step, 16) / solve(fastvmt.euler_step, 32) < 2.5
+    clean = randn(100_000)
+    x = changes.ancestral(lambda x, sigma: (x - clean) / sigma, randn(100_000, seed=1), 0.8, 0.6)
+    rest = x - 0.4 * clean
+    assert abs(rest.std() - 0.6) < 0.01 and abs((rest * clean).mean()) < 0.01
