@@ -15,9 +15,8 @@ appendix numbers stand below. Its Algorithm 1, top down:
     step = euler_step
 
 To change the method, hand `sample` other features, losses or step (lab/changes.py). It needs torch and einops only:
-copy what you need. Under it stands the run. Shapes in comments: F latent frames, H×W token grid, S = H·W, D head
-dimension, P frame pairs, N tiles (eq. 7's P), T tokens a tile, M window tokens. Positions and flows are (row, column)
-in tokens.
+copy what you need. The run stands under it. Shapes in comments: F latent frames, H×W tokens a frame, S = H·W, D head
+size, P frame pairs, N tiles (eq. 7's P), T tokens a tile, M tokens a window. Positions are (row, column) in tokens.
 """
 
 import math
@@ -35,8 +34,8 @@ class UserError(ValueError):
     """Something that the user can fix; the message is one line."""
 
 
-def check_limits(values, limits):
-    """UserError where a value, or a number in it, is not within its limits: name -> (low, high)."""
+def check_limits(values, **limits):
+    """UserError where a value, or a number in it, is not within (low, high)."""
     for name, (low, high) in limits.items():
         value = values[name]
         for number in value if isinstance(value, (tuple, list)) else [value]:
@@ -65,10 +64,10 @@ class MotionConfig:
     ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
 
     def __post_init__(self):
-        limits = dict.fromkeys(["block", "tile", "window", "span", "inner_steps", "interval"], (1, 10**4))
-        limits |= dict.fromkeys(["tau", "alpha", "lambda_amf", "lambda_window"], (-1e9, 1e9))
-        limits |= {"guided_fraction": (0, 1), "lr": (0, 1e9)}
-        check_limits(vars(self), limits)
+        count, number = (1, 10**4), (-1e9, 1e9)
+        check_limits(vars(self), block=count, tile=count, window=count, span=count, inner_steps=count, interval=count,
+                     tau=number, alpha=number, lambda_amf=number, lambda_window=number, guided_fraction=(0, 1),
+                     lr=(0, 1e9))  # fmt: skip
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
         if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
@@ -184,13 +183,13 @@ def frame_flow(Q, K, anchors, targets, tau):
 def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**21):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), F ≥ 2, head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), fp32 or
-    better, also under autocast; pairs in frame_pairs' order, tiles row-major. window=None: the full-frame AMF of
-    DiTFlow. No gradient flows through the choice of window. About max_logits logits exist at once. Raises ValueError.
+    Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), in frame_pairs'
+    order, tiles row-major, fp32 or better, also under autocast. window=None: the full-frame AMF of DiTFlow. No gradient
+    flows through the choice of window. Pairs are taken max_logits logits at a time. Raises ValueError.
     """
     num_frames, H, W, _ = Q.shape
     if K.shape != Q.shape or num_frames < 2 or span < 1 or window is not None and window < 1:
-        raise ValueError("Q and K must be of one shape and at least two frames, span and window at least 1")
+        raise ValueError("Q and K must have one shape and at least two frames, span and window be at least 1")
     if center not in ("soft", "argmax"):
         raise ValueError(f"center must be 'soft' or 'argmax', not {center!r}")
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))  # bf16 loses sub-token accuracy
@@ -224,7 +223,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
     """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), over pairs (eq. 5) and tokens (App. B.1).
 
-    weight (H, W) or (P, H, W), not the paper's, says how much each token counts. No gradient flows to the reference.
+    weight (H, W) or (P, H, W), not the paper's: how much each token counts. No gradient flows to the reference.
     """
     anchors, targets = frame_pairs(num_frames, span, flow_gen.device)  # (P,) each
     distance = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
@@ -311,10 +310,7 @@ def guided_steps(num_steps, config):
 
 
 def guide(x, sigma, reference, read, losses, config, num_frames):
-    """Algorithm 1's Optimization: x moved so that read(x, sigma) comes near the reference's reading.
-
-    Returns the new x, and what `losses` returned at each gradient: (gradients, scalars).
-    """
+    """Algorithm 1's Optimization: x whose reading comes near the reference's, and losses' scalars at each gradient."""
     history = []
 
     def objective(x):
@@ -332,11 +328,11 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
            callback=lambda number, x, history: None):  # fmt: skip
     """Sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
 
-    dit: callable (x, t, context) -> velocity, with `qk` and `patch_size` as wan_min.DiT. noise (1, C, F, h, w); sigmas
-    (steps+1,) down to 0; context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean
-    latents or None. features, losses, step: called as the defaults are; losses' first scalar is minimised. A multistep
-    sampler must know that guidance moved x: velocities of earlier steps belong to another latent. checkpoint: see
-    DiT.qk. callback follows each step, with guide's history or None. Returns latents. Raises ValueError.
+    dit: as wan_min.DiT, callable and with qk and patch_size. noise (1, C, F, h, w); sigmas (steps+1,) down to 0;
+    context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean latents or None.
+    features, losses, step: called as the defaults; losses' first scalar is minimised. A multistep sampler must know
+    that guidance moved x: velocities of earlier steps belong to another latent. checkpoint: see DiT.qk. callback
+    follows each step, with guide's history or None. Returns latents. Raises ValueError.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
@@ -399,10 +395,10 @@ logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of videos that
 def open_video(path, options, filters):
     """imageio's description of a video, and its frames as RGBA bytes."""
     source = DEMO if path == "demo" else os.path.abspath(path)  # neither URL nor option
-    options = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
-    filters = ",".join(["scale=iw*sar:ih", *filter(None, filters)])
+    inputs = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
+    outputs = ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", ",".join(["scale=iw*sar:ih", *filter(None, filters)])]
     try:
-        frames = read_frames(source, "rgba", 4, options, ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", filters])
+        frames = read_frames(source, "rgba", 4, inputs, outputs)
         return next(frames), frames
     except OSError as error:
         cause = re.search(r"(?m)^(?:\[.*\] )?(?!Input)(\S.*(?:rror|nvalid|no streams|No such).*)|\Z", str(error))[1]
@@ -410,7 +406,7 @@ def open_video(path, options, filters):
 
 
 def decode_frames(path, size, fps, start, turn):
-    """A video's frames, covering the size, each RGBA (H, W, 4), and its own rate."""
+    """A video's frames, covering the size, a generator of RGBA (H, W, 4), and its own rate."""
     options = ["-f", "lavfi"] if path == "demo" else []
     seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
     options += ["-ss", f"{seek:f}"] if seek else []
@@ -419,16 +415,17 @@ def decode_frames(path, size, fps, start, turn):
     rows, cols = size[::-1] if turn and height > width else size
     options += {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])  # the decoders that see alpha
     skipped, phase = divmod(start - seek, 1 / fps)
+    untagged = re.match(r"yuv(?!.*[( ](bt|smpte))", pixels)
+    hdr = re.search("smpte2084|arib-std-b67", pixels)  # PQ, HLG
     filters = [
         pixels.startswith("pal8") and "format=gbrap",  # or its alpha is lost
-        width * height > 1024 * 576 and re.match(r"yuv(?!.*[( ](bt|smpte))", pixels) and "setparams=colorspace=bt709",
-        codec == "gif"  # a delay of one tick means ten, as in browsers
-        and "setpts=if(N\\,PREV_OUTPTS+if(eq(PTS-PREV_INPTS\\,1)\\,10\\,PTS-PREV_INPTS)\\,PTS)",
+        untagged and width * height > 1024 * 576 and "setparams=colorspace=bt709",
+        # A delay of one tick means ten, as in browsers.
+        codec == "gif" and "setpts=if(N\\,PREV_OUTPTS+if(eq(PTS-PREV_INPTS\\,1)\\,10\\,PTS-PREV_INPTS)\\,PTS)",
         "bwdif=send_frame:auto:interlaced",
         f"settb=1/705600000,setpts=round(PTS-{0 if seek else 'STARTPTS'}-{phase}/TB)",  # exact at the usual rates
         f"fps={fps}:start_time=0",
-        # PQ, HLG: white is 203 cd/m² (BT.2408), and what is brighter clips
-        re.search("smpte2084|arib-std-b67", pixels) and "zscale=npl=203:p=bt709:t=bt709:m=bt709:agamma=0",
+        hdr and "zscale=npl=203:p=bt709:t=bt709:m=bt709:agamma=0",  # white is 203 cd/m² (BT.2408), brighter clips
         f"scale=max({cols}\\,round({rows}*a)):max({rows}\\,round({cols}/a)),format=rgba,crop={cols}:{rows}",
     ]
     _, frames = open_video(path, options, filters)
@@ -436,7 +433,7 @@ def decode_frames(path, size, fps, start, turn):
 
 
 def read_pictures(path, size, turn, first):
-    """The pictures of a folder from the first on, covering the size, each RGBA (H, W, 4)."""
+    """The pictures of a folder from the first on, covering the size: generator of RGBA (H, W, 4)."""
     names = [name for name in os.listdir(path) if name[0] != "."]
     names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
     known = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()]
@@ -537,7 +534,6 @@ def build_parser():
     add("--prompt", help="what the new video shows")
     add("--negative-prompt", default="", help="what to steer away from; the model's own if not given")
     add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
-    add("--compare", type=Path, help="also write this mp4: reference and result side by side")
     add("--decode", type=Path, help="the latents that a stopped run kept, to finish it with its flags")
     add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
     add("--preset", choices=PRESETS, help="settings of the paper or of its release")
@@ -572,15 +568,11 @@ def build_parser():
 
 
 def parse_arguments(argv, parser=None, **options):
-    """The flags, the method's settings and the wan_min.Model, opened with the options.
-
-    Flags override a preset, which overrides the model's defaults.
-    """
+    """The flags, which override a preset's and the model's, the MotionConfig, the wan_min.Model that options open."""
     parser = parser or build_parser()
     args = parser.parse_args(argv)  # what is wrong in itself is reported before a model is looked for
-    check_limits(vars(args), {"frames": (5, 10**4), "fps": (1, 240), "start": (0, 10**6), "seed": (0, 2**63 - 1),
-                              "steps": (1, 10**4), "shift": (0.001, 1000), "strength": (0.001, 1),
-                              "velocity_interval": (1, 10**4)})  # fmt: skip
+    check_limits(vars(args), frames=(5, 10**4), fps=(1, 240), start=(0, 10**6), seed=(0, 2**63 - 1), steps=(1, 10**4),
+                 shift=(0.001, 1000), strength=(0.001, 1), velocity_interval=(1, 10**4))  # fmt: skip
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -611,11 +603,9 @@ def check_arguments(args, kept):
         raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
     if args.compile and args.offload:
         raise UserError("--compile and --offload exclude each other")
-    outputs = [path for path in (args.out, args.compare) if path]
-    distinct = {os.path.realpath(path) for path in (args.ref, *outputs)}
-    if len(distinct) < 1 + len(outputs) or any(path.suffix.lower() != ".mp4" for path in outputs):
-        raise UserError("--out and --compare must be two file names that end in .mp4, and not the reference")
-    for path in (kept, *outputs):
+    if args.out.suffix.lower() != ".mp4" or os.path.realpath(args.ref) == os.path.realpath(args.out):
+        raise UserError("--out must be a file name that ends in .mp4, and not the reference")
+    for path in (kept, args.out):
         partial_path(path).touch()  # OSError where it cannot be written
         partial_path(path).unlink()
         if path.is_dir():
@@ -646,10 +636,7 @@ def reuse_velocities(step, guided, interval):
 
 
 def generate(args, config, dit, noise, contexts, reference, step=euler_step, **seams):
-    """Latents guided by the reference or, without one, plainly made from pure noise; shows its progress.
-
-    seams: features and losses of `sample`.
-    """
+    """Latents guided by the reference or, without one, made from pure noise; seams: features and losses of `sample`."""
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
     guided = guided_steps(args.steps, config)
     if guided and reference is not None:
@@ -679,11 +666,11 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
 
 @torch.no_grad()
 def run(args, config, model, **seams):
-    """The main job: everything that can be wrong with the arguments first, then encode, sample, decode, write."""
+    """Check, read, encode, sample, decode, write; seams: features, losses and step of `sample`."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
     (size, turn), fps = canvas(args, model), args.fps or model.fps
-    read = model.demo if args.ref == "demo" and model.demo else read_video
+    read = args.ref == "demo" and model.demo or read_video
     video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
     notices = {
         f"only {video.shape[2]} frames: the reference is shorter than --frames": video.shape[2] < args.frames - 3,
@@ -715,15 +702,11 @@ def run(args, config, model, **seams):
     result = codec.decode(latents, progress=progress)
     if result.shape != video.shape:
         raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
-    record = vars(args) | {"ai_generated": True, "program": "FastVMT (fastvmt.py)", "torch": torch.__version__,
-                           "ref": os.path.basename(args.ref), "vae_tiles": codec.vae_tiles}  # fmt: skip
-    record = json.dumps(record, default=os.path.basename)
-    write_video(args.out, result, fps, record)
-    if args.compare:
-        pair, zoom = torch.cat([video, result.to(video)], dim=-1), math.ceil(240 / video.shape[3])
-        write_video(args.compare, repeat(pair, "b c t h w -> b c t (h y) (w x)", y=zoom, x=zoom), fps, record)
+    record = vars(args) | {"program": "FastVMT (fastvmt.py)", "torch": torch.__version__, "vae_tiles": codec.vae_tiles,
+                           "ref": os.path.basename(args.ref), "ai_generated": True}  # fmt: skip
+    write_video(args.out, result, fps, json.dumps(record, default=os.path.basename))
     kept.unlink()
-    print(f"wrote {args.out}" + (f" and {args.compare}" if args.compare else ""))
+    print(f"wrote {args.out}")
     for name, clip in {"reference": video, "result": result}.items() if model.describe_motion else ():
         print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 
@@ -740,7 +723,7 @@ def explain(error):
 
 
 def main(argv=None, **seams):
-    """The command line, with features, losses and step of `sample`; returns the exit code."""
+    """The command line, with `sample`'s seams; returns the exit code."""
     try:
         run(*parse_arguments(argv), **seams)
         return 0

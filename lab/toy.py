@@ -365,7 +365,7 @@ def load():
 # ---- The toy as a base model of fastvmt ------------------------------------------------------------------------------
 
 DEFAULTS = {  # block, tile and window as the small grid needs them
-    "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 7.0, "compare": Path("compare.mp4"), "block": 5,
+    "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 7.0, "block": 5,
     "tile": (2, 2), "window": 5, "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 20,
     "interval": 4, "lr": (0.006, 0.005),
 }  # fmt: skip
