@@ -69,7 +69,7 @@ def apply_rope(x, table):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x/rms(x)·weight over the last dimension, computed in fp32, returned in x's dtype."""
+    """x/rms(x)·weight over the last dimension, in fp32; returns x's dtype."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
@@ -158,7 +158,7 @@ class DiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList([Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers)])
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers))
         self.head = Head(dim, out_dim * math.prod(self.patch_size), eps)
 
     def embed(self, x, t, context):
@@ -180,7 +180,7 @@ class DiT(nn.Module):
     def forward(self, x, t, context):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
 
-        The context is attended to as it is: pad it with zeros to the length the weights were trained with (512).
+        All of the context is attended to: pad it with zeros to 512 tokens, as the weights were trained.
         """
         tokens, time, shared = self.embed(x, t, context)
         for block in self.blocks:
@@ -193,8 +193,7 @@ class DiT(nn.Module):
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
-        checkpoint: the backward pass recomputes each block from its input and its self-attention's output, or, if
-        "full", from its input alone.
+        checkpoint: the backward pass recomputes blocks from their input and self-attention's output ("full": input).
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
@@ -209,7 +208,7 @@ class DiT(nn.Module):
 
 
 def offload_blocks(module, device):
-    """Leave the weights of module.blocks in host memory and copy each block's to the device as it runs.
+    """Leave the weights of the blocks in host memory and copy each block's to the device as it runs.
 
     Meanwhile a thread copies those of the block that follows, in a backward pass of the one before: two blocks' at most
     are there. Gradients need checkpoint=True: a graph would keep all.
@@ -226,7 +225,7 @@ def offload_blocks(module, device):
     def run(n, *args, **kwargs):
         nonlocal last, weights
         if stream:
-            torch.cuda.current_stream(device).synchronize()  # the block before is done with its weights
+            torch.cuda.current_stream(device).synchronize()  # until the block before is done with its weights
         copied = copies.pop(n, None)
         copies.clear()
         weights = (copied or thread.submit(fetch, n)).result()
@@ -266,7 +265,8 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x, cache):
         if self.history:
             past = cache.get(self)
-            x = F.pad(x, (0, 0, 0, 0, self.history, 0)) if past is None else torch.cat([past, x], dim=2)
+            past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:]) if past is None else past
+            x = torch.cat([past, x], dim=2)
             self.remember(x, cache)
         return super().forward(x)
 
@@ -352,7 +352,7 @@ class Resample(nn.Module):
         return x if self.down else per_frame(self.resample, x)
 
 
-def stages(blocks, down, *levels):
+def stages(blocks, *levels, down):
     """Residual blocks of each level (channels in, channels out, temporal), and its Resample unless temporal is None."""
     layers = []
     for cin, cout, temporal in levels:
@@ -391,8 +391,8 @@ class VAE(nn.Module):
     def __init__(self, dim=96, z_dim=16):
         super().__init__()
         d1, d2, d4 = dim, 2 * dim, 4 * dim
-        down = stages(2, True, (d1, d1, False), (d1, d2, True), (d2, d4, True), (d4, d4, None))
-        up = stages(3, False, (d4, d4, True), (d2, d4, True), (d2, d2, False), (d1, d1, None))
+        down = stages(2, (d1, d1, False), (d1, d2, True), (d2, d4, True), (d4, d4, None), down=True)
+        up = stages(3, (d4, d4, True), (d2, d4, True), (d2, d2, False), (d1, d1, None), down=False)
         middle = [Layers(ResBlock(d4, d4), FrameAttention(d4), ResBlock(d4, d4)) for _ in range(2)]
         head = [Layers(ChannelNorm(n, 3), nn.SiLU(), CausalConv3d(n, cout)) for n, cout in ((d4, 2 * z_dim), (d1, 3))]
         self.encoder = Layers(OrderedDict(conv1=CausalConv3d(3, d1), downsamples=down, middle=middle[0], head=head[0]))
@@ -480,8 +480,8 @@ class T5Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
         self.attn = nn.ModuleDict({name: linear(dim, dim_attn) for name in "qkv"} | {"o": linear(dim_attn, dim)})
         gate = nn.Sequential(linear(dim, dim_ffn), nn.GELU("tanh"))
-        self.ffn = nn.ModuleDict({"gate": gate, "fc1": linear(dim, dim_ffn), "fc2": linear(dim_ffn, dim)})
-        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(num_buckets, num_heads)})  # UMT5: in every layer
+        self.ffn = nn.ModuleDict(dict(gate=gate, fc1=linear(dim, dim_ffn), fc2=linear(dim_ffn, dim)))
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(num_buckets, num_heads)})  # in every layer
 
     def forward(self, x, mask):
         attn, ffn, table = self.attn, self.ffn, self.pos_embedding["embedding"].weight  # table (buckets, N)
@@ -501,8 +501,8 @@ class TextEncoder(nn.Module):
                  num_buckets=32):  # fmt: skip
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, dim)
-        blocks = [T5Block(dim, dim_attn, dim_ffn, num_heads, num_buckets) for _ in range(num_layers)]
-        self.blocks, self.norm = nn.ModuleList(blocks), RMSNorm(dim, 1e-6)
+        self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads, num_buckets) for _ in range(num_layers))
+        self.norm = RMSNorm(dim, 1e-6)
 
     def forward(self, ids, mask):
         """ids (B, L) long, mask (B, L) 1 = real token -> (B, L, dim)."""
@@ -528,7 +528,7 @@ ARCHITECTURES = {  # arguments of DiT and VAE; tiny has random weights only
     "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8)),
 }
 
-NEGATIVE_PROMPT = (  # Wan's own: over-saturated, still, blurred, subtitles, deformed, ...
+NEGATIVE_PROMPT = (  # Wan's own: over-saturated, still, blurred, subtitles, ...
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
@@ -598,9 +598,9 @@ def cast(dit, dtype, device=None, progress=iter):
 
 
 def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
-    """A frozen module of random weights that keep activations at unit scale, made on the device."""
+    """A frozen module of random weights that keep activations at unit scale."""
     with torch.device("meta"):
-        module = cls(**arguments).requires_grad_(False).eval()
+        module = cls(**arguments).requires_grad_(False)
     if cls is DiT:
         cast(module, dtype)
     module.to_empty(device=device)
@@ -618,7 +618,7 @@ def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
 
 def random_contexts(prompts, text_dim, device="cpu"):
     """Stand-ins for encoded prompts, each drawn from its text: (n, 512, text_dim) fp32."""
-    generators = [torch.Generator().manual_seed(zlib.crc32(prompt.encode(errors="replace"))) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(zlib.crc32(text.encode(errors="replace"))) for text in prompts]
     return torch.stack([torch.randn(TEXT_LENGTH, text_dim, generator=g) for g in generators]).to(device)
 
 
@@ -648,18 +648,17 @@ def find_checkpoint(name):
     @cache
     def fetch():
         folder = hub(snapshot_download, allow_patterns=["config.json", *FILES])
-        for cls in PARTS:
-            load(cls, folder)
+        find_checkpoint(folder)  # checks all files
         return folder
 
-    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache where there is no net
+    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache when offline
     if not config:
         raise unusable(repo, hub(list_repo_files))
     return config.get("num_layers", 30), fetch
 
 
 def unusable(where, names, otherwise="not a checkpoint"):
-    """ModelError of what is not in the official layout; names in it tell what it is."""
+    """ModelError of what is not in the official layout, told by the names in it."""
     layouts = {"high_noise_model": "a Wan 2.2 checkpoint", r"\.gguf$": "a GGUF checkpoint", "lora": "a LoRA",
                "model_index.json|^transformer": "a Diffusers checkpoint",
                "t5.*fp8": "a checkpoint with an fp8 text encoder",
@@ -684,12 +683,12 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     config = read(path, lambda _: dict(json.loads(path.read_text()))) if path.exists() else {}
     if config.get("model_type", "t2v") != "t2v":
-        raise ModelError(f"{path} is of a {config['model_type']!r} model, not of a text-to-video (t2v) one")
+        raise ModelError(f"{path} is of a {config['model_type']!r} model, not of a 't2v' one")
     return config
 
 
 def load(cls, folder, device="cpu", dtype=None, progress=iter):
-    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder, on the device.
+    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder.
 
     By default names and shapes are checked and no weight is read. config.json has the DiT's arguments, and may have
     the others' as `vae` and `text_encoder`.
@@ -711,7 +710,7 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
         arguments = config.get("vae" if cls is VAE else "text_encoder", {})
     try:
         with torch.device("meta"):
-            module = cls(**arguments).requires_grad_(False).eval()
+            module = cls(**arguments).requires_grad_(False)
         module.load_state_dict(tensors, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{files[0]}: {shorten(str(error), 300)}; that of {REPOS['1.3B']} is right") from None
@@ -735,7 +734,7 @@ def tokenize(prompt, tokenizer):
 
 @torch.no_grad()
 def encode_prompts(prompts, folder, device="cpu", offload=False):
-    """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
+    """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length."""
     from tokenizers import Tokenizer
 
     tokenizer = read(f"{folder}/{TOKENIZER_FILE}", Tokenizer.from_file)
