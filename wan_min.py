@@ -13,10 +13,10 @@ import math
 import os
 import re
 import zlib
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils import checkpoint as recomputation
+from torch.utils import checkpoint as recompute
 
 
 def out_of_memory(error):
-    """Whether an exception says, in one of many wordings, that the memory of the host or of a device is used up."""
+    """Whether an exception says that the memory of the host or of a device is used up."""
     texts = ("CUDA error: out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine",  # cuBLAS and cuDNN
              "MPS backend out of memory", "Invalid buffer size", "not enough memory: ", "allocate memory")  # fmt: skip
     named = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
@@ -48,16 +48,16 @@ def flow_sigmas(steps, shift=7.0, strength=1.0):
     return (shift * s / (1 + (shift - 1) * s)).float()
 
 
-# ---- DiT -------------------------------------------------------------------------------------------------------------
+# ---- DiT ----
 
 
 def rope_table(grid, head_dim, device):
     """Rotations e^{iθ} of the channel pairs of each token of a grid (F, H, W): (S, 1, D/2) complex64."""
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-    side = 2 * (head_dim // 6)  # channels for row and for column; the frame has the others
+    side = 2 * (head_dim // 6)
+    dims = head_dim - 2 * side, side, side  # channels for frame, row and column
     positions = torch.cartesian_prod(*(torch.arange(length, dtype=dtype, device=device) for length in grid))  # (S, 3)
-    freqs = [10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim)
-             for dim in (head_dim - 2 * side, side, side)]  # fmt: skip
+    freqs = [10000 ** (-torch.arange(0, dim, 2, dtype=dtype, device=device) / dim) for dim in dims]
     angles = torch.cat([position[:, None] * freq for position, freq in zip(positions.unbind(1), freqs)], dim=1)
     return torch.complex(angles.cos().float(), angles.sin().float())[:, None]
 
@@ -69,7 +69,7 @@ def apply_rope(x, table):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x/rms(x)·weight over the last dimension, computed in fp32, returned in x's dtype."""
+    """x/rms(x)·weight over the last dimension, in fp32; returns x's dtype."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
@@ -113,7 +113,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x, modulation, context, rope, only_qk=False):
-        """Tokens after this block, or, with only_qk, its self-attention's Q and K and nothing after them."""
+        """Tokens after this block or, with only_qk, no more than its self-attention's Q and K."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).split(1, dim=1)  # (B, 1, dim)
         y = modulate(x, shift1, scale1, self.eps).to(context.dtype)
         if only_qk:
@@ -140,7 +140,8 @@ class Head(nn.Module):
 def keep_self_attention(_, op, *args, **kwargs):
     """Policy of recomputation: only the output of self-attention, most of a block's arithmetic, is stored."""
     attention = "scaled_dot_product" in op.name() and args[0].shape == args[1].shape  # q and k, alike in length
-    return recomputation.CheckpointPolicy.MUST_SAVE if attention else recomputation.CheckpointPolicy.PREFER_RECOMPUTE
+    policy = recompute.CheckpointPolicy
+    return policy.MUST_SAVE if attention else policy.PREFER_RECOMPUTE
 
 
 class DiT(nn.Module):
@@ -157,7 +158,7 @@ class DiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList([Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers)])
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers))
         self.head = Head(dim, out_dim * math.prod(self.patch_size), eps)
 
     def embed(self, x, t, context):
@@ -179,8 +180,7 @@ class DiT(nn.Module):
     def forward(self, x, t, context):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
 
-        The context is attended to as it is: pad it with zeros to the length the weights were trained with (512).
-        Raises ValueError when the patches do not divide x.
+        All of the context is attended to: pad it with zeros to 512 tokens, as the weights were trained.
         """
         tokens, time, shared = self.embed(x, t, context)
         for block in self.blocks:
@@ -193,28 +193,28 @@ class DiT(nn.Module):
     def qk(self, x, t, context, block, *, checkpoint=False):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
-        Arguments as in `forward`. checkpoint recomputes each block in the backward pass and stores its input and
-        self-attention's output alone, or, if "full", its input. Raises ValueError for a block outside the model.
+        checkpoint: the backward pass recomputes blocks from their input and self-attention's output ("full": input).
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
         options = {"use_reentrant": False, "preserve_rng_state": False}
         if checkpoint != "full":
-            options["context_fn"] = partial(recomputation.create_selective_checkpoint_contexts, keep_self_attention)
+            options["context_fn"] = partial(recompute.create_selective_checkpoint_contexts, keep_self_attention)
         x, _, shared = self.embed(x, t, context)
         for n, layer in enumerate(self.blocks[:block], 1):
             args = x, *shared, n == block
-            x = recomputation.checkpoint(layer, *args, **options) if checkpoint else layer(*args)
+            x = recompute.checkpoint(layer, *args, **options) if checkpoint else layer(*args)
         return x
 
 
 def offload_blocks(module, device):
-    """Leave the weights of module.blocks in host memory and copy each block's to the device as it runs.
+    """Leave the weights of the blocks in host memory and copy each block's to the device as it runs.
 
-    While it runs a thread copies those of the block that follows, in a backward pass of the one before: two blocks' at
-    most are there. Where gradients are needed use checkpoint=True: a graph would keep all. Returns the module.
+    Meanwhile a thread copies those of the block that follows, in a backward pass of the one before: two blocks' at most
+    are there. Gradients need checkpoint=True: a graph would keep all.
     """
-    stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    kind = torch.device(device).type
+    stream = torch.cuda.Stream(device) if kind == "cuda" else None
     pin = stream and isinstance(module, DiT)  # pinned memory is kept for good, and a text encoder runs once
     thread, host, copies, last, weights = ThreadPoolExecutor(1), [], {}, 0, None
 
@@ -225,12 +225,12 @@ def offload_blocks(module, device):
     def run(n, *args, **kwargs):
         nonlocal last, weights
         if stream:
-            torch.cuda.current_stream(device).synchronize()  # so that the block before needs its weights no more
+            torch.cuda.current_stream(device).synchronize()  # until the block before is done with its weights
         copied = copies.pop(n, None)
         copies.clear()
         weights = (copied or thread.submit(fetch, n)).result()
         following, last = (n - 1 if 0 < n < last else n + 1) % len(host), n
-        if torch.device(device).type != "mps":  # where two threads at once kill the process (pytorch issue 197805)
+        if kind != "mps":  # two threads kill the process there (pytorch issue 197805)
             copies[following] = thread.submit(fetch, following)
         return torch.func.functional_call(shell, weights, args, kwargs)
 
@@ -244,14 +244,15 @@ def offload_blocks(module, device):
     return module
 
 
-# ---- Video VAE: causal in time, streamed frame group by frame group --------------------------------------------------
-# `cache` is a plain dict that one streamed pass owns: module -> the last input frames that its next chunk needs.
+# ---- Video VAE, causal in time ----
+# `cache` is a dict of one streamed pass: module -> the last input frames that its next chunk needs.
 
-LATENT_MEAN = torch.tensor([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715,
-                            0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]).view(-1, 1, 1, 1)  # fmt: skip
-LATENT_STD = torch.tensor([2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526,
-                           2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]).view(-1, 1, 1, 1)  # fmt: skip
-Tile = namedtuple("Tile", "input output weights")  # of one axis: slices of input and output, weights of the output
+LATENT_MEAN, LATENT_STD = torch.tensor([
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+]).view(2, -1, 1, 1, 1)  # fmt: skip
 
 
 class CausalConv3d(nn.Conv3d):
@@ -308,7 +309,7 @@ class ResBlock(nn.Module):
 
 def per_frame(layer, x):
     """A layer for images (N, C, h, w) on each frame of x (B, C, T, h, w)."""
-    return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=x.shape[0])
+    return rearrange(layer(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=len(x))
 
 
 class FrameAttention(nn.Module):
@@ -330,15 +331,16 @@ class FrameAttention(nn.Module):
 class Resample(nn.Module):
     """Halve (`down`) or double the frame size; with `temporal` the frame rate too, the very first frame excepted."""
 
-    def __init__(self, dim, down, temporal=False):
+    def __init__(self, dim, down, temporal):
         super().__init__()
-        self.down, self.time_conv = down, None
+        self.down = down
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+            time_conv = CausalConv3d(dim, dim, (3, 1, 1), (2, 1, 1))
         else:
             self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
-        if temporal:
-            self.time_conv = CausalConv3d(dim, dim if down else 2 * dim, (3, 1, 1), (2 if down else 1, 1, 1))
+            time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
+        self.time_conv = time_conv if temporal else None
 
     def forward(self, x, cache):
         x = per_frame(self.resample, x) if self.down else x
@@ -350,8 +352,18 @@ class Resample(nn.Module):
         return x if self.down else per_frame(self.resample, x)
 
 
+def stages(blocks, *levels, down):
+    """Residual blocks of each level (channels in, channels out, temporal), and its Resample unless temporal is None."""
+    layers = []
+    for cin, cout, temporal in levels:
+        layers += [ResBlock(cin if n == 0 else cout, cout) for n in range(blocks)]
+        if temporal is not None:
+            layers.append(Resample(cout, down, temporal))
+    return Layers(*layers)
+
+
 def blend_tiles(size, tile, stride, units, device=None):
-    """Overlapping tiles of one axis: list of Tile, whose weights ramp over the overlap and sum to 1 everywhere.
+    """Overlapping tiles of one axis: their slices of input and output, and the output's weights, which sum to 1.
 
     size, tile and stride are in latents; units are the pixels of a latent in input and output.
     """
@@ -366,8 +378,11 @@ def blend_tiles(size, tile, stride, units, device=None):
             row.clamp_(max=(start + tile - position) / ramp)
     weights.clamp_(min=0)  # each row is negative outside its own tile
     weights /= weights.sum(0)
-    parts = [[slice(start * n, (start + tile) * n) for n in units] for start in starts]
-    return [Tile(*part, row[part[1]]) for part, row in zip(parts, weights)]
+    tiles = []
+    for row, start in zip(weights, starts):
+        source, target = (slice(start * n, (start + tile) * n) for n in units)
+        tiles.append(SimpleNamespace(input=source, output=target, weights=row[target]))
+    return tiles
 
 
 class VAE(nn.Module):
@@ -376,17 +391,10 @@ class VAE(nn.Module):
     def __init__(self, dim=96, z_dim=16):
         super().__init__()
         d1, d2, d4 = dim, 2 * dim, 4 * dim
-        down = Layers(ResBlock(d1, d1), ResBlock(d1, d1), Resample(d1, down=True),
-                      ResBlock(d1, d2), ResBlock(d2, d2), Resample(d2, down=True, temporal=True),
-                      ResBlock(d2, d4), ResBlock(d4, d4), Resample(d4, down=True, temporal=True),
-                      ResBlock(d4, d4), ResBlock(d4, d4))  # fmt: skip
-        up = Layers(ResBlock(d4, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
-                    ResBlock(d2, d4), ResBlock(d4, d4), ResBlock(d4, d4), Resample(d4, down=False, temporal=True),
-                    ResBlock(d2, d2), ResBlock(d2, d2), ResBlock(d2, d2), Resample(d2, down=False),
-                    ResBlock(d1, d1), ResBlock(d1, d1), ResBlock(d1, d1))  # fmt: skip
+        down = stages(2, (d1, d1, False), (d1, d2, True), (d2, d4, True), (d4, d4, None), down=True)
+        up = stages(3, (d4, d4, True), (d2, d4, True), (d2, d2, False), (d1, d1, None), down=False)
         middle = [Layers(ResBlock(d4, d4), FrameAttention(d4), ResBlock(d4, d4)) for _ in range(2)]
-        head = [Layers(ChannelNorm(cin, 3), nn.SiLU(), CausalConv3d(cin, cout))
-                for cin, cout in ((d4, 2 * z_dim), (d1, 3))]  # fmt: skip
+        head = [Layers(ChannelNorm(n, 3), nn.SiLU(), CausalConv3d(n, cout)) for n, cout in ((d4, 2 * z_dim), (d1, 3))]
         self.encoder = Layers(OrderedDict(conv1=CausalConv3d(3, d1), downsamples=down, middle=middle[0], head=head[0]))
         self.decoder = Layers(OrderedDict(conv1=CausalConv3d(z_dim, d4), middle=middle[1], upsamples=up, head=head[1]))
         self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, (1, 1, 1)), CausalConv3d(z_dim, z_dim, (1, 1, 1))
@@ -394,8 +402,7 @@ class VAE(nn.Module):
     def tiled(self, layers, x, out, tile, stride, progress):
         """Add to `out` the blend of layers(chunk of x, cache) over spatial tiles, each streamed over time.
 
-        One of x and out is a video, the other its latents; a chunk is one frame of the latents. tile and stride are in
-        latents; progress wraps the list of all chunks of all tiles.
+        One of x and out is a video, the other its latents; a chunk is one frame of the latents.
         """
         encodes = x.shape[3] > out.shape[3]
         size, pixels, group = (out.shape[3:], (8, 1), 4) if encodes else (x.shape[3:], (1, 8), 1)
@@ -424,7 +431,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents, tile=(30, 52), stride=(15, 26), progress=iter):
-        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]; tile and stride as of encode."""
+        """latents (B, 16, F, h, w) -> video (B, 3, 4F-3, 8h, 8w) in [-1, 1]."""
         b, _, f, h, w = latents.shape
         x = latents * LATENT_STD.to(latents) + LATENT_MEAN.to(latents)
         out = latents.new_zeros(b, 3, 4 * f - 3, 8 * h, 8 * w)
@@ -432,7 +439,7 @@ class VAE(nn.Module):
 
 
 def make_codec(vae, vae_tiles=False):
-    """encode and decode of a VAE, of whole frames until memory does not suffice, then, as vae_tiles says, of tiles."""
+    """encode and decode of a VAE: whole frames until memory does not suffice, then, or with vae_tiles, tiles."""
     codec = SimpleNamespace(vae_tiles=vae_tiles)
 
     def fit(convert, x, progress=iter):
@@ -450,16 +457,16 @@ def make_codec(vae, vae_tiles=False):
     return codec
 
 
-# ---- UMT5 text encoder -----------------------------------------------------------------------------------------------
+# ---- UMT5 text encoder ----
 
 
-def position_buckets(length, num_buckets, device=None, max_distance=128):
-    """Bucket of each relative position key − query: (L, L) long; half per sign, exact near, logarithmic far."""
+def position_buckets(length, num_buckets, device):
+    """Bucket of each relative position key − query: (L, L) long; half per sign, exact near, logarithmic to 128."""
     position = torch.arange(length, device=device)
     relative = position[None] - position[:, None]
     half, exact = num_buckets // 2, num_buckets // 4
     distance = relative.abs()
-    far = (distance.clamp(min=1) / exact).log() / math.log(max_distance / exact) * (half - exact)
+    far = (distance.clamp(min=1) / exact).log() / math.log(128 / exact) * (half - exact)
     bucket = torch.where(distance < exact, distance, exact + far.long()).clamp(max=half - 1)
     return (relative > 0) * half + bucket
 
@@ -473,8 +480,8 @@ class T5Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
         self.attn = nn.ModuleDict({name: linear(dim, dim_attn) for name in "qkv"} | {"o": linear(dim_attn, dim)})
         gate = nn.Sequential(linear(dim, dim_ffn), nn.GELU("tanh"))
-        self.ffn = nn.ModuleDict({"gate": gate, "fc1": linear(dim, dim_ffn), "fc2": linear(dim_ffn, dim)})
-        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(num_buckets, num_heads)})  # UMT5: in every layer
+        self.ffn = nn.ModuleDict(dict(gate=gate, fc1=linear(dim, dim_ffn), fc2=linear(dim_ffn, dim)))
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(num_buckets, num_heads)})  # in every layer
 
     def forward(self, x, mask):
         attn, ffn, table = self.attn, self.ffn, self.pos_embedding["embedding"].weight  # table (buckets, N)
@@ -494,8 +501,8 @@ class TextEncoder(nn.Module):
                  num_buckets=32):  # fmt: skip
         super().__init__()
         self.token_embedding = nn.Embedding(vocab, dim)
-        blocks = [T5Block(dim, dim_attn, dim_ffn, num_heads, num_buckets) for _ in range(num_layers)]
-        self.blocks, self.norm = nn.ModuleList(blocks), RMSNorm(dim, 1e-6)
+        self.blocks = nn.ModuleList(T5Block(dim, dim_attn, dim_ffn, num_heads, num_buckets) for _ in range(num_layers))
+        self.norm = RMSNorm(dim, 1e-6)
 
     def forward(self, ids, mask):
         """ids (B, L) long, mask (B, L) 1 = real token -> (B, L, dim)."""
@@ -506,65 +513,68 @@ class TextEncoder(nn.Module):
         return self.norm(x)
 
 
-# ---- Loading and prompts ---------------------------------------------------------------------------------------------
+# ---- Loading and prompts ----
 
 REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
-DIT_FILES, VAE_FILE = "diffusion_pytorch_model*.safetensors", "Wan2.1_VAE.pth"
-TEXT_FILE, TOKENIZER_FILE, TEXT_LENGTH = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", 512
-PARTS = {DiT: DIT_FILES, VAE: VAE_FILE, TextEncoder: TEXT_FILE}
-FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters that Wan keeps in fp32, by name
+VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
+PARTS = {DiT: "diffusion_pytorch_model*.safetensors", VAE: VAE_FILE, TextEncoder: TEXT_FILE}
+TOKENIZER_FILE, TEXT_LENGTH = "google/umt5-xxl/tokenizer.json", 512
+FILES = (*PARTS.values(), TOKENIZER_FILE)
+FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters kept in fp32, by name
 
-ARCHITECTURES = {  # constructor arguments of DiT and VAE; tiny exists with random weights only
+ARCHITECTURES = {  # arguments of DiT and VAE; tiny has random weights only
     "1.3B": ({}, {}),
     "14B": (dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40), {}),
     "tiny": (dict(dim=96, ffn_dim=192, num_heads=4, num_layers=4, text_dim=64, freq_dim=32), dict(dim=8)),
 }
 
-NEGATIVE_PROMPT = (  # Wan's own: over-saturated, still, blurred, subtitles, deformed, cluttered, ...
+NEGATIVE_PROMPT = (  # Wan's own: over-saturated, still, blurred, subtitles, ...
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
 
 class ModelError(Exception):
-    """A checkpoint that cannot be used; the message is one line for the user."""
+    """A checkpoint that cannot be used, in one line for the user."""
 
 
 class Model(NamedTuple):
-    """What a run needs to know of a base model; another base model is another such tuple."""
+    """What a run needs of a base model; another base model is another such tuple."""
 
     blocks: int  # DiT blocks
-    encode_prompts: Callable  # list of n prompts -> contexts (n, L, text_dim); loads and frees the text encoder
+    encode_prompts: Callable  # n prompts -> contexts (n, L, text_dim); loads and frees the text encoder
     load_codec: Callable  # (vae_tiles=False) -> what has encode and decode(x, progress=iter), and vae_tiles: was tiled
     load_dit: Callable  # (progress=iter) -> DiT: velocity by call, `qk`, `patch_size`, `blocks`
-    canvases: tuple  # sizes (H, W) in pixels that it was trained at, the default first
-    max_frames: int  # the longest clip it was trained at
-    fps: float  # frames per second it was trained at
-    defaults: dict  # command line defaults of its own, by name of the flag
-    demo: Callable | None = None  # what reads the demo clip, with fastvmt.read_video's arguments; None: that
-    describe_motion: Callable | None = None  # video (3, T, H, W) -> the measured motion in words; None: not measured
+    canvases: tuple  # (H, W) in pixels that it was trained at, the default first
+    max_frames: int  # of the clips it was trained on
+    fps: float  # frames per second of those
+    defaults: dict  # its own defaults, by name of the flag
+    demo: Callable | None = None  # reads the demo clip, with fastvmt.read_video's arguments; None: that
+    describe_motion: Callable | None = None  # video (3, T, H, W) -> its measured motion in words
 
 
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
-    Cheap: reads headers, or a repo's config.json. dtype: the DiT matmuls'. offload: blocks in host memory. ModelError.
+    Cheap: reads headers, or a repo's config.json. dtype is the DiT matmuls'; offload keeps blocks in host memory.
     """
-    random = random_weights or name == "tiny"
-    if random and name not in ARCHITECTURES:
-        raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
-    arguments = ARCHITECTURES[name][0] if random else {}
-    blocks, fetch = (arguments.get("num_layers", 30), None) if random else find_checkpoint(name)
+    if random_weights or name == "tiny":
+        if name not in ARCHITECTURES:
+            raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
+        arguments = dict(zip((DiT, VAE), ARCHITECTURES[name]))
+        blocks = arguments[DiT].get("num_layers", 30)
+        encode = partial(random_contexts, text_dim=arguments[DiT].get("text_dim", 4096), device=device)
 
-    def load_part(cls, device, progress=iter):
-        if random:
-            return random_model(cls, ARCHITECTURES[name][0 if cls is DiT else 1], device, dtype)
-        return load(cls, fetch(), device, dtype, progress)
+        def load_part(cls, device, progress=iter):
+            return random_model(cls, arguments[cls], device, dtype)
+    else:
+        blocks, fetch = find_checkpoint(name)
 
-    def encode(prompts):
-        if random:
-            return random_contexts(prompts, arguments.get("text_dim", 4096), device)
-        return encode_prompts(prompts, fetch(), device, offload)
+        def encode(prompts):
+            return encode_prompts(prompts, fetch(), device, offload)
+
+        def load_part(cls, device, progress=iter):
+            return load(cls, fetch(), device, dtype, progress)
 
     def load_codec(vae_tiles=False):
         return make_codec(load_part(VAE, device), vae_tiles)
@@ -573,79 +583,84 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
-    canvases = ((64, 112), (112, 64)) if name == "tiny" else ((480, 832), (832, 480))
-    defaults = {"negative_prompt": NEGATIVE_PROMPT} | (dict(frames=33, block=3, window=3) if name == "tiny" else {})
+    canvases, defaults = ((480, 832), (832, 480)), {"negative_prompt": NEGATIVE_PROMPT}
+    if name == "tiny":
+        canvases = (64, 112), (112, 64)
+        defaults |= dict(frames=33, block=3, window=3)
     return Model(blocks, encode, load_codec, load_dit, canvases, 81, 16.0, defaults)
 
 
 def cast(dit, dtype, device=None, progress=iter):
-    """Cast a DiT's weights in place to dtype, but for the parts that Wan keeps in fp32, and move them to the device."""
+    """Cast a DiT's weights in place to dtype, except FP32_PARTS, and move them to the device."""
     for name, p in progress(list(dit.named_parameters())):
         p.data = p.data.to(device, torch.float32 if any(part in name for part in FP32_PARTS) else dtype)
     return dit
 
 
 def random_model(cls, arguments, device="cpu", dtype=torch.float32, seed=0):
-    """A frozen module with random weights that keep activations at unit scale, made straight on the device."""
+    """A frozen module of random weights that keep activations at unit scale."""
     with torch.device("meta"):
-        module = cls(**arguments)
-    module = (cast(module, dtype) if cls is DiT else module).to_empty(device=device).requires_grad_(False)
+        module = cls(**arguments).requires_grad_(False)
+    if cls is DiT:
+        cast(module, dtype)
+    module.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, p in module.named_parameters():
-        if "norm" in name or name.endswith(("bias", "gamma")):
-            p.fill_(0 if name.endswith("bias") else 1)
+        if name.endswith("bias"):
+            p.zero_()
+        elif "norm" in name or name.endswith("gamma"):
+            p.fill_(1)
         else:
             fan_in = p.shape[-1] if "modulation" in name else p[0].numel()
             p.normal_(0, fan_in**-0.5, generator=generator)
-    return module.eval()
+    return module
 
 
 def random_contexts(prompts, text_dim, device="cpu"):
-    """Stand-ins for encoded prompts, each drawn from its prompt's text, at unit scale: (n, 512, text_dim) fp32."""
-    generators = [torch.Generator().manual_seed(zlib.crc32(prompt.encode(errors="replace"))) for prompt in prompts]
+    """Stand-ins for encoded prompts, each drawn from its text: (n, 512, text_dim) fp32."""
+    generators = [torch.Generator().manual_seed(zlib.crc32(text.encode(errors="replace"))) for text in prompts]
     return torch.stack([torch.randn(TEXT_LENGTH, text_dim, generator=g) for g in generators]).to(device)
 
 
 def find_checkpoint(name):
-    """Number of DiT blocks of the checkpoint `name`, and a function that gives its folder with all files checked."""
+    """Number of DiT blocks of a checkpoint, and a function that returns its folder, all files checked."""
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
         dit, *_ = [load(cls, name) for cls in PARTS]
         return len(dit.blocks), lambda: name
-    repo = REPOS.get(name, name)
-    looks_local = os.path.isdir(repo.split("/")[0]) or Path(repo).suffix in (".safetensors", ".gguf", ".pth")
     if os.path.isfile(name):
-        raise unusable(name, [name, *(read(name, load_file) if name.endswith(".safetensors") else ())])
-    if (repo not in REPOS.values() and looks_local) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo):
+        tensors = read(name, load_file) if name.endswith(".safetensors") else ()
+        raise unusable(name, [name, *tensors])
+    repo = REPOS.get(name, name)
+    local = os.path.isdir(repo.split("/")[0]) or repo.endswith((".safetensors", ".gguf", ".pth"))
+    if repo not in REPOS.values() and (local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo)):
         raise ModelError(f"unknown model {name!r}: not a folder, repo id or one of toy, {', '.join(ARCHITECTURES)}")
-    from huggingface_hub import list_repo_files, snapshot_download, utils
+    from huggingface_hub import list_repo_files, snapshot_download
 
     def hub(call, **options):
         try:
             return call(repo, **options)
-        except utils.RepositoryNotFoundError:  # and of this kind, those gated
-            reason = "is not on the hub, or is private or gated: check the spelling, accept its terms, `hf auth login`"
         except Exception as error:  # each version of the library has its own
-            reason = (f"cannot be fetched ({shorten(str(error), 200)}); run it again, it resumes; go online; or give "
-                      f"--model DIR of `hf download {repo} --local-dir DIR`; or set HF_HOME to a cache")  # fmt: skip
-        raise ModelError(f"{repo} {reason}")
+            reason = shorten(str(error), 200)
+            ways = "check the spelling; accept its terms and `hf auth login`; run it again, it resumes; go online; "
+            ways += f"set HF_HOME to a cache; or give --model DIR of `hf download {repo} --local-dir DIR`"
+            raise ModelError(f"{repo} cannot be fetched ({reason}): {ways}") from None
 
-    @lru_cache
+    @cache
     def fetch():
-        folder = hub(snapshot_download, allow_patterns=["config.json", *PARTS.values(), TOKENIZER_FILE])
-        for cls in PARTS:
-            load(cls, folder)
+        folder = hub(snapshot_download, allow_patterns=["config.json", *FILES])
+        find_checkpoint(folder)  # checks all files
         return folder
 
-    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache where there is no net
+    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache when offline
     if not config:
         raise unusable(repo, hub(list_repo_files))
     return config.get("num_layers", 30), fetch
 
 
 def unusable(where, names, otherwise="not a checkpoint"):
-    """ModelError of what is not in the official layout; names in it tell what it is."""
+    """ModelError of what is not in the official layout, told by the names in it."""
     layouts = {"high_noise_model": "a Wan 2.2 checkpoint", r"\.gguf$": "a GGUF checkpoint", "lora": "a LoRA",
-               "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
+               "model_index.json|^transformer": "a Diffusers checkpoint",
                "t5.*fp8": "a checkpoint with an fp8 text encoder",
                r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint"}  # fmt: skip
     text = "\n".join(names)
@@ -658,40 +673,44 @@ def read(path, reader):
     try:
         return reader(str(path))
     except Exception as error:  # each format has its own exceptions
-        damaged = ModelError(f"{path} is damaged ({shorten(str(error), 200)}) or cannot be mapped; fetch it again")
-        raise error if out_of_memory(error) else damaged from None
+        if out_of_memory(error):
+            raise
+        raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}) or unreadable; fetch it again") from None
 
 
 def read_config(folder):
-    """config.json of a checkpoint folder, {} where there is none; refuses every model but text-to-video."""
+    """config.json of a text-to-video checkpoint's folder, {} where there is none."""
     path = Path(folder) / "config.json"
-    config = read(path, lambda path: dict(json.loads(Path(path).read_text()))) if path.exists() else {}
+    config = read(path, lambda _: dict(json.loads(path.read_text()))) if path.exists() else {}
     if config.get("model_type", "t2v") != "t2v":
-        raise ModelError(f"{path} is of a {config['model_type']!r} model; only text-to-video (t2v) ones can be used")
+        raise ModelError(f"{path} is of a {config['model_type']!r} model, not of a 't2v' one")
     return config
 
 
 def load(cls, folder, device="cpu", dtype=None, progress=iter):
-    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder, on the device.
+    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder.
 
-    With no dtype, on the CPU, names and shapes are checked and no weight is read. config.json has the DiT's arguments,
-    and may have the others' as `vae` and `text_encoder`. progress wraps the DiT's weights. Raises ModelError.
+    By default names and shapes are checked and no weight is read. config.json has the DiT's arguments, and may have
+    the others' as `vae` and `text_encoder`.
     """
     folder, config = Path(folder), read_config(folder)
-    missing = [pattern for pattern in (*PARTS.values(), TOKENIZER_FILE) if not any(folder.glob(pattern))]
+    missing = [pattern for pattern in FILES if not any(folder.glob(pattern))]
     if missing:
-        raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
+        raise unusable(folder, os.listdir(folder), f"without {', '.join(missing)}")
     files = sorted(folder.glob(PARTS[cls]))
     reader = load_file if cls is DiT else partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    tensors = {name: tensor for file in files for name, tensor in read(file, lambda path: dict(reader(path))).items()}
-    arguments = config.get({VAE: "vae", TextEncoder: "text_encoder"}.get(cls), {})
+    tensors = {}
+    for file in files:
+        tensors |= read(file, lambda path: dict(reader(path)))
     if cls is DiT:
-        arguments = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
         official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
-        arguments = arguments or ARCHITECTURES[official][0]
+        given = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
+        arguments = given or ARCHITECTURES[official][0]
+    else:
+        arguments = config.get("vae" if cls is VAE else "text_encoder", {})
     try:
         with torch.device("meta"):
-            module = cls(**arguments).requires_grad_(False).eval()
+            module = cls(**arguments).requires_grad_(False)
         module.load_state_dict(tensors, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{files[0]}: {shorten(str(error), 300)}; that of {REPOS['1.3B']} is right") from None
@@ -703,7 +722,7 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
 
 
 def tokenize(prompt, tokenizer):
-    """UMT5 ids of a prompt cleaned as by the official code: list, the end token last, cut to 512 with a notice."""
+    """UMT5 ids of a prompt cleaned as by the official code, the end token last; cut to 512 with a notice."""
     import ftfy
 
     text = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
@@ -715,15 +734,16 @@ def tokenize(prompt, tokenizer):
 
 @torch.no_grad()
 def encode_prompts(prompts, folder, device="cpu", offload=False):
-    """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length; loads and frees the encoder."""
+    """Prompts -> contexts (n, 512, text_dim) fp32, zero past each prompt's length."""
     from tokenizers import Tokenizer
 
-    tokenizer = read(Path(folder) / TOKENIZER_FILE, Tokenizer.from_file)
+    tokenizer = read(f"{folder}/{TOKENIZER_FILE}", Tokenizer.from_file)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoder = load(TextEncoder, folder, "cpu" if offload else device)
     encoder = offload_blocks(encoder, device) if offload else encoder
     rows = [torch.tensor(tokenize(prompt, tokenizer), device=device) for prompt in prompts]
-    ids, mask = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in (rows, [torch.ones_like(row) for row in rows]))
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     context = encoder(ids, mask).float() * mask[..., None]
     return F.pad(context, (0, 0, 0, TEXT_LENGTH - ids.shape[1]))
