@@ -74,7 +74,7 @@ class MotionConfig:
             raise UserError(f"ref_noise must be a noise level from 0 to 1 or 'match', not {self.ref_noise!r}")
 
 
-# ---- Sliding-window attention motion flow (Sec. 3.2) -----------------------------------------------------------------
+# ---- Sliding-window attention motion flow (Sec. 3.2) ----
 
 
 def head_average(x, grid):
@@ -217,7 +217,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
         return untile_tokens(torch.cat(flows), tile, (H, W)), key_mean
 
 
-# ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) --------------------------------------------------------------
+# ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) ----
 
 
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
@@ -282,7 +282,7 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     return x.detach()
 
 
-# ---- Guided sampler (Algorithm 1) ------------------------------------------------------------------------------------
+# ---- Guided sampler (Algorithm 1) ----
 
 
 def match_noise(latents, noise, sigma):
@@ -363,7 +363,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     return x
 
 
-# ---- The run: video in and out ---------------------------------------------------------------------------------------
+# ---- The run: video in and out ----
 
 import argparse
 import importlib
@@ -497,7 +497,7 @@ def write_video(path, video, fps, comment=""):
         part.unlink(missing_ok=True)
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line ----
 
 PRESETS = {
     "paper": {"ref_noise": "match", "strength": 1.0, "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs

@@ -180,7 +180,8 @@ class DiT(nn.Module):
     def forward(self, x, t, context):
         """Velocity (B, 16, F, h, w) fp32 at latents x (B, 16, F, h, w), t (B,) in [0, 1000], context (B, L, text_dim).
 
-        All of the context is attended to: pad it with zeros to 512 tokens, as the weights were trained.
+        All of the context is attended to: pad it with zeros to 512 tokens, as the weights were trained. Raises
+        ValueError when the patches do not divide x.
         """
         tokens, time, shared = self.embed(x, t, context)
         for block in self.blocks:
@@ -194,6 +195,7 @@ class DiT(nn.Module):
         """Self-attention q, k (B, S, N, D) of the 1-based `block`, post-norm and post-RoPE; nothing later is computed.
 
         checkpoint: the backward pass recomputes blocks from their input and self-attention's output ("full": input).
+        Raises ValueError for a block outside the model.
         """
         if not 1 <= block <= len(self.blocks):
             raise ValueError(f"block {block} is outside the model's 1 to {len(self.blocks)}")
@@ -557,6 +559,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
 
     Cheap: reads headers, or a repo's config.json. dtype is the DiT matmuls'; offload keeps blocks in host memory.
+    Raises ModelError.
     """
     if random_weights or name == "tiny":
         if name not in ARCHITECTURES:
