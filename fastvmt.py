@@ -6,17 +6,17 @@ appendix numbers stand below. Its Algorithm 1, top down:
 
     sample: for each σ of the schedule
         in the first fifth of the steps, guide:
-            reference = features(the reference's latents, empty prompt)
+            reference = features(the reference's latents, empty prompt), once or, matched, at each σ
             x = optimize_latent(x, losses(reference, features(x, prompt))), AdamW with gradients reused
         x = step(velocity, x, σ, next σ)
     features = motion_features: Q and K of one DiT block → head_average → attention_motion_flow:
-        for all frame_pairs: tile_queries → window_centers → window_indices → window_flow
+        frame_pairs, tile_queries → window_centers → window_indices → window_flow, window_means
     losses = motion_losses: 5·amf_loss + 1·window_loss
     step = euler_step
 
-To change the method, hand `sample` other features, losses or step (lab/changes.py). It needs torch and einops only:
-copy what you need. The run stands under it. Shapes in comments: F latent frames, H×W tokens a frame, S = H·W, D head
-size, P frame pairs, N tiles (eq. 7's P), T tokens a tile, M tokens a window. Positions are (row, column) in tokens.
+To change it, hand `sample` other features, losses or step (lab/changes.py). The method needs torch and einops only; the
+run stands below it. Shapes in comments: F latent frames, H×W tokens a frame, S = H·W, D head size, P frame pairs, N
+tiles (eq. 7's P), T tokens a tile, M tokens a window. Positions are (row, column) in tokens.
 """
 
 import math
@@ -35,7 +35,7 @@ class UserError(ValueError):
 
 
 def check_limits(values, **limits):
-    """UserError where a value, or a number in it, is not within (low, high)."""
+    """UserError unless each named value, or each number in it, is from low to high; None is."""
     for name, (low, high) in limits.items():
         value = values[name]
         for number in value if isinstance(value, (tuple, list)) else [value]:
@@ -99,22 +99,25 @@ def row_column(index, width):
 
 
 def tile_tokens(x, tile):
-    """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are filled up with zeros."""
-    (_, H, W, _), (th, tw) = x.shape, tile
+    """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are padded with zeros."""
+    _, H, W, _ = x.shape
+    th, tw = tile
     x = functional.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
     return rearrange(x, "f (a th) (b tw) c -> f (a b) (th tw) c", th=th, tw=tw)
 
 
 def untile_tokens(x, tile, grid):
     """Inverse of tile_tokens: (P, N, T, C), grid (H, W) -> (P, H, W, C)."""
-    (H, W), (th, tw) = grid, tile
+    H, W = grid
+    th, tw = tile
     x = rearrange(x, "p (a b) (th tw) c -> p (a th) (b tw) c", b=math.ceil(W / tw), th=th, tw=tw)
     return x[:, :H, :W]
 
 
 def tile_queries(Q, tile):
     """Each tile's representative, at its row th//2, column tw//2, clamped to the grid: (F, H, W, D) -> (F, N, D)."""
-    (_, H, W, _), (th, tw) = Q.shape, tile
+    _, H, W, _ = Q.shape
+    th, tw = tile
     rows = (torch.arange(0, H, th, device=Q.device) + th // 2).clamp(max=H - 1)
     cols = (torch.arange(0, W, tw, device=Q.device) + tw // 2).clamp(max=W - 1)
     return rearrange(Q[:, rows][:, :, cols], "f a b d -> f (a b) d")
@@ -135,7 +138,7 @@ def window_centers(queries, keys, *, tau=1.0, center="soft"):
 
 
 def window_indices(centers, grid, size):
-    """Tokens row·W + column of the l×l windows (eq. 3), shifted, not cropped, to lie in the grid: long (P, N, M)."""
+    """Tokens row·W + column of the l×l windows (eq. 3), shifted, not cropped, to fit the grid: long (P, N, M)."""
     top = (centers[..., 0] - size[0] // 2).clamp(0, grid[0] - size[0])  # (P, N)
     left = (centers[..., 1] - size[1] // 2).clamp(0, grid[1] - size[1])  # (P, N)
     rows = top[..., None] + torch.arange(size[0], device=centers.device)  # (P, N, l)
@@ -144,7 +147,7 @@ def window_indices(centers, grid, size):
 
 
 def window_means(K, corners, targets, size):
-    """Mean key K̄ of windows (App. B.4): K (F, H, W, D), their first tokens (P, N), frames j (P,) -> (P, N, D)."""
+    """Mean key K̄ (P, N, D) of windows (App. B.4) with first tokens corners (P, N) in frames targets (P,) of K."""
     rows, cols = row_column(corners, K.shape[2]).unbind(-1)  # (P, N) each
     K = rearrange(K, "f h w d -> f d h w")
     # The mean of every possible window by two box filters: cheaper than averaging the P·N windows one by one.
@@ -172,7 +175,7 @@ def window_flow(queries, K, anchors, targets, windows, tokens, tau):
 
 
 def frame_flow(Q, K, anchors, targets, tau):
-    """Flow Δ_ij by attention over whole frames, DiTFlow's: Q, K (F, H, W, D) -> (P, H, W, 2)."""
+    """Flow Δ_ij by attention over whole frames, as in DiTFlow: Q, K (F, H, W, D) -> (P, H, W, 2)."""
     _, H, W, D = K.shape
     queries = (Q[anchors] * (tau / D**0.5)).flatten(1, 2)  # (P, S, D)
     attention = (queries @ K[targets].flatten(1, 2).mT).softmax(-1)  # (P, S, S)
@@ -185,7 +188,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
 
     Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), in frame_pairs'
     order, tiles row-major, fp32 or better, also under autocast. window=None: the full-frame AMF of DiTFlow. No gradient
-    flows through the choice of window. Pairs are taken max_logits logits at a time. Raises ValueError.
+    flows through the choice of window. Pairs go in chunks of about max_logits logits. Raises ValueError.
     """
     num_frames, H, W, _ = Q.shape
     if K.shape != Q.shape or num_frames < 2 or span < 1 or window is not None and window < 1:
@@ -196,14 +199,15 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     size = (H, W) if window is None else (min(window, H), min(window, W))
     anchors, targets = frame_pairs(num_frames, span, Q.device)  # (P,) each
     chunk = max(1, max_logits // (H * W * math.prod(size)))  # a pair has a logit for each token and window token
-    pairs = list(zip(anchors.split(chunk), targets.split(chunk)))
+    pairs = list(zip(anchors.split(chunk), targets.split(chunk)))  # of (chunk,)
     autocast = torch.amp.is_autocast_available(Q.device.type)
     with torch.autocast(Q.device.type, enabled=False) if autocast else nullcontext():
-        queries, representatives = tile_tokens(Q, tile), tile_queries(Q, tile)  # (F, N, T, D), (F, N, D)
+        queries = tile_tokens(Q, tile)  # (F, N, T, D)
+        representatives = tile_queries(Q, tile)  # (F, N, D)
         if size == (H, W):
             flow = torch.cat([frame_flow(Q, K, i, j, tau) for i, j in pairs])  # (P, H, W, 2)
-            return flow, repeat(K.mean((1, 2))[targets], "p d -> p n d", n=queries.shape[1])
-        positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)
+            return flow, repeat(K.mean((1, 2))[targets], "p d -> p n d", n=queries.shape[1])  # (P, N, D)
+        positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)  # (1, H, W, 2)
         tokens = tile_tokens(positions, tile)[0]  # (N, T, 2)
         flows, corners = [], []
         for i, j in pairs:
@@ -214,7 +218,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
                                    preserve_rng_state=False))  # (chunk, N, T, 2)  # fmt: skip
             corners.append(windows[..., 0])  # (chunk, N)
         key_mean = window_means(K, torch.cat(corners), targets, size)  # (P, N, D)
-        return untile_tokens(torch.cat(flows), tile, (H, W)), key_mean
+        return untile_tokens(torch.cat(flows), tile, (H, W)), key_mean  # flow (P, H, W, 2)
 
 
 # ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) ----
@@ -228,10 +232,10 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
     anchors, targets = frame_pairs(num_frames, span, flow_gen.device)  # (P,) each
     distance = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
     decay = 1 - alpha * (targets - anchors - 1).to(distance.dtype) / max(span - 1, 1)  # w_d of eq. 6: 1 … 1 − α
-    distance = decay[:, None, None] * distance
+    distance = decay[:, None, None] * distance  # (P, H, W)
     if weight is None:
         return distance.mean()
-    weight = weight.expand_as(distance)
+    weight = weight.expand_as(distance)  # (P, H, W)
     return (distance * weight).sum() / weight.sum()
 
 
@@ -246,7 +250,7 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
         path = [p for p, (i, j) in enumerate(pairs) if i == anchor and j - i < span]
         if len(path) > 1:
             change = key_mean[path].diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
-            norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)
+            norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (targets−1, N)
             loss = loss + norm.mean()
     return loss / num_frames
 
@@ -256,7 +260,8 @@ def motion_losses(reference, generated, *, num_frames, config):
 
     Returns scalars: the total, which is minimised, L_AMF and L_window, which are reported.
     """
-    (flow_ref, _), (flow_gen, key_mean) = reference, generated
+    flow_ref, _ = reference
+    flow_gen, key_mean = generated
     amf = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha)
     window = window_loss(key_mean, num_frames=num_frames, span=config.span, squared=config.squared)
     return config.lambda_amf * amf + config.lambda_window * window, amf, window
@@ -265,8 +270,8 @@ def motion_losses(reference, generated, *, num_frames, config):
 def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
-    objective: x -> scalar, called ⌈steps/interval⌉ times. lr: the first and the last, linear between. Returns a new x,
-    fp32 or better, as bf16 would round most steps away. Raises RuntimeError under torch.inference_mode.
+    objective: x -> scalar, called ⌈steps/interval⌉ times. lr: first and last, linear in between. Returns a new x, fp32
+    or better: bf16 never moves a third of it. Raises RuntimeError under torch.inference_mode.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
@@ -290,13 +295,19 @@ def match_noise(latents, noise, sigma):
     return (1 - sigma) * latents + sigma * noise
 
 
-def motion_features(dit, x, sigma, context, config, **options):
-    """attention_motion_flow of latents x (1, C, F, h, w) at noise level sigma; options go to dit.qk."""
+def read_qk(dit, x, sigma, context, block, **options):
+    """Q, K (F, H, W, D) of a block, averaged over heads; x (1, C, F, h, w) is at noise level sigma. See DiT.qk."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
-    t = torch.full((1,), 1000 * sigma, device=x.device)
-    q, k = dit.qk(x, t, context, config.block, **options)  # (1, F·H·W, heads, D) each
-    settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
-    return attention_motion_flow(head_average(q[0], grid), head_average(k[0], grid), **settings)
+    t = torch.full((1,), 1000 * sigma, device=x.device)  # (1,)
+    q, k = dit.qk(x, t, context, block, **options)  # (1, F·H·W, heads, D) each
+    return head_average(q[0], grid), head_average(k[0], grid)
+
+
+def motion_features(dit, x, sigma, context, config, **options):
+    """attention_motion_flow of latents: what motion_losses compares. Arguments as of read_qk."""
+    Q, K = read_qk(dit, x, sigma, context, config.block, **options)
+    return attention_motion_flow(Q, K, span=config.span, tile=config.tile, window=config.window, tau=config.tau,
+                                 center=config.center)  # fmt: skip
 
 
 def euler_step(velocity, x, sigma, next_sigma):
@@ -310,7 +321,7 @@ def guided_steps(num_steps, config):
 
 
 def guide(x, sigma, reference, read, losses, config, num_frames):
-    """Algorithm 1's Optimization: x whose reading comes near the reference's, and losses' scalars at each gradient."""
+    """Algorithm 1's Optimization: x, moved towards the reference's reading, and the losses (gradients, scalars)."""
     history = []
 
     def objective(x):
@@ -326,26 +337,27 @@ def guide(x, sigma, reference, read, losses, config, num_frames):
 def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None, config=MotionConfig(),
            features=motion_features, losses=motion_losses, step=euler_step, checkpoint=False,
            callback=lambda number, x, history: None):  # fmt: skip
-    """Sampler whose first steps optimise the latent so that its motion becomes the reference's (Algorithm 1).
+    """Sample latents; the first steps also optimise them until their motion is the reference's (Algorithm 1).
 
     dit: as wan_min.DiT, callable and with qk and patch_size. noise (1, C, F, h, w); sigmas (steps+1,) down to 0;
     context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean latents or None.
-    features, losses, step: called as the defaults; losses' first scalar is minimised. A multistep sampler must know
-    that guidance moved x: velocities of earlier steps belong to another latent. checkpoint: see DiT.qk. callback
-    follows each step, with guide's history or None. Returns latents. Raises ValueError.
+    features, losses, step: called as the defaults; losses returns a tuple of scalars and the first is minimised. A
+    multistep step sees guidance by an x that is not the one it returned, and must then drop its earlier velocities.
+    checkpoint: see DiT.qk. callback(number, x, history) follows each step; history is guide's losses, or None.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
-        raise ValueError("a reference must have the shape of the noise, one clip, and needs null, the empty prompt")
-    sigmas, noise = sigmas.tolist(), noise.float()
+        raise ValueError("a reference needs the noise's shape, a single clip, and null, the empty prompt")
+    sigmas = sigmas.tolist()
+    noise = noise.float()
     guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
-    x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])
+    x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])  # (1, C, F, h, w)
 
     def read(x, sigma):
         return features(dit, x, sigma, context, config, checkpoint=checkpoint)
 
     def velocity(x, sigma):
         t = torch.full((1,), 1000 * sigma, device=x.device)
-        v = dit(x, t, context)
+        v = dit(x, t, context)  # (1, C, F, h, w)
         if cfg_scale == 1:
             return v
         v_negative = dit(x, t, negative)
@@ -389,18 +401,19 @@ import wan_min
 
 DEMO = "testsrc2=r=16,loop=-1:1,scroll=h=-1/80:v=-1/80"  # a picture slides right and down
 SCALER = "bicubic+accurate_rnd+full_chroma_int"  # ffmpeg's default turns colours a level darker
-logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns of videos that change their size
+logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns when a video changes its size
 
 
 def open_video(path, options, filters):
     """imageio's description of a video, and its frames as RGBA bytes."""
-    source = DEMO if path == "demo" else os.path.abspath(path)  # neither URL nor option
+    source = DEMO if path == "demo" else os.path.abspath(path)  # else a name may be read as a URL
     inputs = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
     outputs = ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", ",".join(["scale=iw*sar:ih", *filter(None, filters)])]
     try:
         frames = read_frames(source, "rgba", 4, inputs, outputs)
         return next(frames), frames
     except OSError as error:
+        # The first line of ffmpeg's log that names a cause.
         cause = re.search(r"(?m)^(?:\[.*\] )?(?!Input)(\S.*(?:rror|nvalid|no streams|No such).*)|\Z", str(error))[1]
         raise UserError(f"cannot read the reference {path} ({cause or 'no frame can be decoded'})") from None
 
@@ -411,9 +424,11 @@ def decode_frames(path, size, fps, start, turn):
     seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
     options += ["-ss", f"{seek:f}"] if seek else []
     about, _ = open_video(path, options, [])
-    (width, height), pixels, codec = about["size"], about["pix_fmt"], about["codec"][:3]
+    width, height = about["size"]
+    pixels = about["pix_fmt"]
+    codec = about["codec"][:3]
     rows, cols = size[::-1] if turn and height > width else size
-    options += {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])  # the decoders that see alpha
+    options += {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])  # those decode alpha
     skipped, phase = divmod(start - seek, 1 / fps)
     untagged = re.match(r"yuv(?!.*[( ](bt|smpte))", pixels)
     hdr = re.search("smpte2084|arib-std-b67", pixels)  # PQ, HLG
@@ -429,24 +444,21 @@ def decode_frames(path, size, fps, start, turn):
         f"scale=max({cols}\\,round({rows}*a)):max({rows}\\,round({cols}/a)),format=rgba,crop={cols}:{rows}",
     ]
     _, frames = open_video(path, options, filters)
-    return (np.frombuffer(x, np.uint8).reshape(rows, cols, 4) for x in islice(frames, int(skipped), None)), about["fps"]
+    frames = islice(frames, int(skipped), None)
+    return (np.frombuffer(frame, np.uint8).reshape(rows, cols, 4) for frame in frames), about["fps"]
 
 
 def read_pictures(path, size, turn, first):
     """The pictures of a folder from the first on, covering the size: generator of RGBA (H, W, 4)."""
-    names = [name for name in os.listdir(path) if name[0] != "."]
+    names = [name for name in os.listdir(path) if Path(name).suffix.lower() in Image.registered_extensions()]
     names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
-    known = [name for name in names if Path(name).suffix.lower() in Image.registered_extensions()]
-    stems = {Path(name).stem for name in known}
-    if len(stems) < len(names):
-        print(f"{path}: {len(names)} files, {len(known)} pictures for Pillow, {len(stems)} names")
-    for n, name in enumerate(known[first:]):
+    for n, name in enumerate([name for name in names if name[0] != "."][first:]):
         try:
             image = ImageOps.exif_transpose(Image.open(Path(path, name)))
         except OSError as error:
             raise UserError(f"cannot read the reference {path}/{name} ({error})") from None
         size = size[::-1] if n == 0 and turn and image.height > image.width else size
-        image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # 16 bits, which convert clips
+        image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # convert() would clip 16 bits
         yield np.array(ImageOps.fit(image.convert("RGBA"), size[::-1]))
 
 
@@ -472,12 +484,12 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
 
 
 def partial_path(path):
-    path = Path(os.path.realpath(path))  # of what a symbolic link leads to
+    path = Path(os.path.realpath(path))  # a symbolic link's target
     return path.with_name(f".{path.stem}.partly-written.mp4")
 
 
 def write_video(path, video, fps, comment=""):
-    """Write (1, 3, T, H, W) in [-1, 1] as H.264 mp4, under a temporary name until it is whole. Raises UserError."""
+    """Write (1, 3, T, H, W) in [-1, 1] as H.264 mp4, under a temporary name until it is complete. Raises UserError."""
     if not torch.stack(video.aminmax()).isfinite().all():
         raise UserError(f"cannot write {path} (the video is not finite)")
     frames = rearrange(video[0], "c t h w -> t h w c")
@@ -500,7 +512,7 @@ def write_video(path, video, fps, comment=""):
 # ---- Command line ----
 
 PRESETS = {
-    "paper": {"ref_noise": "match", "strength": 1.0, "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
+    "paper": {"ref_noise": "match", "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
     # The authors' example. Its L_AMF sums over the 1560 tokens of 480x832, so the window loss weighs 1/1560.
     "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "alpha": 1 / 7, "lambda_window": 1 / 1560,
                 "lr": (0.003, 0.0021), "fps": 15.0, "vae_tiles": True},
@@ -532,23 +544,23 @@ def build_parser():
     add = parser.add_argument
     add("--ref", help="reference: a video, a folder of pictures, or 'demo', a made-up clip")
     add("--prompt", help="what the new video shows")
-    add("--negative-prompt", default="", help="what to steer away from; the model's own if not given")
+    add("--negative-prompt", default="", help="what to steer away from; else the model's own")
     add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
-    add("--decode", type=Path, help="the latents that a stopped run kept, to finish it with its flags")
+    add("--decode", type=Path, help="finish a stopped run: its flags, and the latents that it kept; these are deleted")
     add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
     add("--preset", choices=PRESETS, help="settings of the paper or of its release")
-    add("--size", type=HxW, help="rows x columns, in 16s; the model's own, turned like the reference, if not given")
+    add("--size", type=HxW, help="rows x columns, in multiples of 16; else the model's own, turned like the reference")
     add("--frames", type=int, default=81, help="at most this many, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", type=float, help="of reference and result; the model's own if not given")
+    add("--fps", type=float, help="of reference and result; else the model's own")
     add("--start", type=float, default=0.0, help="seconds into the reference")
     add("--seed", type=int, default=0, help="of the initial noise, the same on every device")
     add("--no-transfer", action="store_true", help="generate plainly, from pure noise")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add("--device", default=device, help="torch device")
-    add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; bf16 on a GPU, fp32 on CPU if not given")
+    add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; else bf16 on a GPU, fp32 on CPU")
     add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
     add("--offload", action="store_true", help="stream the blocks' weights from host memory")
-    add("--vae-tiles", action=argparse.BooleanOptionalAction, default=False, help="of 30x52 latents (Sec. 4.1)")
+    add("--vae-tiles", action=argparse.BooleanOptionalAction, default=False, help="for the VAE, of 30x52 latents")
     add("--compile", action="store_true", help="torch.compile the DiT's blocks")
     add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
     add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
@@ -558,21 +570,23 @@ def build_parser():
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
-        options = {"type": types.get(f.name, type(f.default))}
+        text = texts.get(f.name, "").replace("%", "%%")
+        options = {"type": types.get(f.name, str if f.default is None else type(f.default))}
         if f.default is False:
             options = {"action": "store_true"}
         elif isinstance(f.default, tuple):
             options = {"type": type([*f.default, 0.0][0]), "nargs": len(f.default) or "*"}
-        add("--" + f.name.replace("_", "-"), default=f.default, help=texts[f.name], **options)
+        add("--" + f.name.replace("_", "-"), default=f.default, help=text, **options)
     return parser
 
 
 def parse_arguments(argv, parser=None, **options):
-    """The flags, which override a preset's and the model's, the MotionConfig, the wan_min.Model that options open."""
+    """(flags, MotionConfig, wan_min.Model that options open). Flags override the preset, it the model's defaults."""
     parser = parser or build_parser()
     args = parser.parse_args(argv)  # what is wrong in itself is reported before a model is looked for
     check_limits(vars(args), frames=(5, 10**4), fps=(1, 240), start=(0, 10**6), seed=(0, 2**63 - 1), steps=(1, 10**4),
-                 shift=(0.001, 1000), strength=(0.001, 1), velocity_interval=(1, 10**4))  # fmt: skip
+                 shift=(0.001, 1000), strength=(0.001, 1), cfg_scale=(-1e9, 1e9),
+                 velocity_interval=(1, 10**4))  # fmt: skip
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -617,7 +631,7 @@ def check_arguments(args, kept):
 
 
 def reuse_velocities(step, guided, interval):
-    """A sampler's step that after the guided steps computes every interval-th velocity and reuses it in between."""
+    """Wrap a step: after the guided ones only every interval-th computes velocities, the others reuse the last."""
     count, last = 0, None
 
     def reusing(velocity, x, sigma, next_sigma):
@@ -650,7 +664,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
     def callback(number, x, history):
         if not torch.isfinite(x).all():
             raise UserError(f"the latent is not finite after step {number + 1} of {args.steps}; try --dtype fp32")
-        bar.set_postfix(zip(("loss", "AMF", "window"), [] if history is None else history[-1].tolist()))
+        bar.set_postfix({} if history is None else {"loss": history[-1, 0].item()})
         bar.update(number + 1 - bar.n)
 
     checkpoint = "full" if args.offload else args.checkpoint == "on"
@@ -660,7 +674,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
         except RuntimeError as error:
             if checkpoint or args.checkpoint == "off" or reference is None or not wan_min.out_of_memory(error):
                 raise
-        print("out of memory: again with --checkpoint on")  # here the failed attempt's tensors are free
+        print("out of memory: again with --checkpoint on")  # the failed attempt's tensors are freed
         return attempt(True)
 
 
@@ -669,26 +683,31 @@ def run(args, config, model, **seams):
     """Check, read, encode, sample, decode, write; seams: features, losses and step of `sample`."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
-    (size, turn), fps = canvas(args, model), args.fps or model.fps
+    size, turn = canvas(args, model)
+    fps = args.fps or model.fps
     read = args.ref == "demo" and model.demo or read_video
-    video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)
-    notices = {
-        f"only {video.shape[2]} frames: the reference is shorter than --frames": video.shape[2] < args.frames - 3,
-        f"the model was trained on clips of up to {model.max_frames} frames": video.shape[2] > model.max_frames,
-        "--size is rounded to {}x{}".format(*size): args.size and args.size != size,
-        "--size is rows x columns: this is a portrait video": size in model.canvases[1:],
-    }
-    for notice in (text for text, holds in notices.items() if holds):
-        print(notice)
+    video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)  # (1, 3, T, H, W)
+    frames = video.shape[2]
+    if frames < args.frames - 3:
+        print(f"only {frames} frames: the reference is shorter than --frames")
+    if frames > model.max_frames:
+        print(f"the model was trained on clips of up to {model.max_frames} frames")
+    if args.size and args.size != size:
+        print("--size is rounded to {}x{}".format(*size))
+    if size in model.canvases[1:]:
+        print("--size is rows x columns: this is a portrait video")
     if not args.decode:
         print("encoding the prompts")
         contexts = model.encode_prompts([args.prompt, args.negative_prompt, ""]).split(1)
-    codec, progress = model.load_codec(args.vae_tiles), partial(tqdm, leave=False, disable=None)
+    print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps))
+    codec = model.load_codec(args.vae_tiles)
+    progress = partial(tqdm, leave=False, disable=None)
+    reference = codec.encode(video.to(args.device), progress=progress)
     if args.decode:
-        latents = load(kept.read_bytes())["result"].to(args.device)
+        latents = load(kept.read_bytes()).get("result", reference[0]).to(reference)
+        if latents.shape != reference.shape:
+            raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
     else:
-        print("encoding the reference, {} frames of {}x{} at {:g} fps".format(*video.shape[2:], fps))
-        reference = codec.encode(video.to(args.device), progress=progress)
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(args.seed)).to(args.device)
         print("loading the DiT")
         dit = model.load_dit(progress)
@@ -700,8 +719,6 @@ def run(args, config, model, **seams):
         partial_path(kept).replace(kept)  # a file that is there is whole
         print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it")
     result = codec.decode(latents, progress=progress)
-    if result.shape != video.shape:
-        raise UserError(f"{kept} holds no latents of this --ref, --frames and --size")
     record = vars(args) | {"program": "FastVMT (fastvmt.py)", "torch": torch.__version__, "vae_tiles": codec.vae_tiles,
                            "ref": os.path.basename(args.ref), "ai_generated": True}  # fmt: skip
     write_video(args.out, result, fps, json.dumps(record, default=os.path.basename))

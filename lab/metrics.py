@@ -98,10 +98,8 @@ def temporal_consistency(frames):
 @torch.no_grad()
 def read_motion(dit, latents, noise, null, config):
     """Flow (P, H, W, 2) of finished latents, and the entropy of the attention that it was read from: a scalar."""
-    grid = [length // patch for length, patch in zip(latents.shape[2:], dit.patch_size)]
     x = fastvmt.match_noise(latents, noise, MEASURE_SIGMA)
-    q, k = dit.qk(x, torch.full((1,), 1000 * MEASURE_SIGMA, device=x.device), null, config.block)
-    Q, K = fastvmt.head_average(q[0], grid), fastvmt.head_average(k[0], grid)
+    Q, K = fastvmt.read_qk(dit, x, MEASURE_SIGMA, null, config.block)
     settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
     return fastvmt.attention_motion_flow(Q, K, **settings)[0], attention_entropy(Q, K, config)
 

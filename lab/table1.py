@@ -5,10 +5,10 @@ python -m lab.table1 --model 1.3B --refs DAVIS/JPEGImages/480p/*/ --prompts prom
 python -m lab.table1 --model toy                              # the true error of the motion, on a laptop
 python -m lab.table1 --model toy --clips 24 --rows "tau=1" "interval=10" "window=none, interval=1"
 python -m lab.table1 --model 14B --dry-run                    # FLOPs and memory of a run, without a GPU
-python -m lab.table1 --model 1.3B --random-weights --bench    # its seconds and memory, on yours
+python -m lab.table1 --model 1.3B --random-weights --bench    # seconds and memory on your GPU
 
 Each result is a line of OUT/results.jsonl as soon as it is known. A run that was killed goes on where it stopped.
-Clips are read and the VAE tiles as the command line says, in all rows: a preset's fps and tiles count for none.
+Clips are read and the VAE tiles as the command line says, in all rows: a preset's fps and tiles are ignored.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def settings_hash(row, args):
 
 
 def code_hash():
-    """Of the method and the model; a result of other code is not computed anew, but the table tells of it."""
+    """Of the method and the model; a result of other code is not computed anew, but the table says so."""
     files = b"".join(Path(module.__file__).read_bytes() for module in (fastvmt, wan_min))
     return hashlib.sha256(files).hexdigest()[:12]
 
@@ -133,13 +133,14 @@ def make_clips(args, model):
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
 
-def run_row(dit, counts, noise, reference, contexts, row):
-    """Latents of one row's run, and {column: value} of what it cost."""
+def run_row(dit, counts, noise, reference, contexts, row, **seams):
+    """Latents of one row's run, and {column: value} of what it cost; seams: of fastvmt.sample."""
     device = noise.device
     counts.clear()
     cost.peak_memory(device, reset=True)
     start = cost.clock(device)
-    latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference)
+    latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference,
+                               **seams)  # fmt: skip
     total = cost.clock(device) - start
     return latents, {
         "total s": total, "guidance s": total - counts["seconds"], "denoising s": counts["seconds"],
@@ -198,7 +199,7 @@ def read_results(path):
 
 
 @torch.no_grad()
-def compute(rows, clips, args, model):
+def compute(rows, clips, args, model, **seams):
     """Every result that is not on disk yet; the rows of a clip follow each other, so that their times compare."""
     path, device = args.out / "results.jsonl", torch.device(args.device)
     if path.exists():
@@ -232,9 +233,9 @@ def compute(rows, clips, args, model):
             inputs = noise, reference, (contexts[prompt], contexts[row.negative_prompt], contexts[""])
             if not warm:  # what runs first is slow
                 short = {"steps": 1, "config": replace(row.config, inner_steps=1)}
-                run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | short))
+                run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | short), **seams)
                 warm = True
-            latents, columns = run_row(dit, counts, *inputs, row)
+            latents, columns = run_row(dit, counts, *inputs, row, **seams)
             # The flow with args' settings, whatever the row's, so that rows compare; the entropy with the row's.
             flow, _ = metrics.read_motion(dit, latents, noise, contexts[""], args.config)
             _, entropy = metrics.read_motion(dit, latents, noise, contexts[""], row.config)
@@ -326,7 +327,8 @@ def parse_arguments(argv):
     return args, model
 
 
-def main(argv=None):
+def main(argv=None, **seams):
+    """The command line, for a change of the method with its features, losses or step; give each another --out."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, model = parse_arguments(argv)
@@ -338,7 +340,7 @@ def main(argv=None):
         args.out.mkdir(parents=True, exist_ok=True)
         rows = make_rows(argv, args, model.blocks)
         if not args.table_only:
-            compute(rows, make_clips(args, model), args, model)
+            compute(rows, make_clips(args, model), args, model, **seams)
         results = read_results(args.out / "results.jsonl")
         table = make_table(results, rows, args)
         if old := sum(line["code"] != code_hash() for line in results):

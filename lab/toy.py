@@ -364,11 +364,19 @@ def load():
 
 # ---- The toy as a base model of fastvmt ------------------------------------------------------------------------------
 
+WRONG_SIZE = f"the toy makes at most {FRAMES} frames of {SIZE[0]}x{SIZE[1]} (leave out --size)"
 DEFAULTS = {  # block, tile and window as the small grid needs them
     "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 7.0, "block": 5,
     "tile": (2, 2), "window": 5, "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 20,
     "interval": 4, "lr": (0.006, 0.005),
 }  # fmt: skip
+
+
+def read_demo(path, num_frames, size, **options):
+    """A held-out clip, with fastvmt.read_video's arguments."""
+    if size != SIZE:
+        raise wan_min.ModelError(WRONG_SIZE)
+    return held_out(0)[0][None, :, :num_frames]
 
 
 class Codec:
@@ -379,7 +387,7 @@ class Codec:
     @staticmethod
     def encode(video, progress=iter):
         if video.shape[2] > FRAMES or video.shape[3:] != SIZE:
-            raise wan_min.ModelError(f"the toy makes at most {FRAMES} frames of {SIZE[0]}x{SIZE[1]} (leave out --size)")
+            raise wan_min.ModelError(WRONG_SIZE)
         return encode(video)
 
     @staticmethod
@@ -404,6 +412,5 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     return wan_min.Model(
         blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda vae_tiles=False: Codec,
         load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE,), max_frames=FRAMES,
-        fps=8.0, defaults=DEFAULTS, demo=lambda path, num_frames, size, **options: held_out(0)[0][None, :, :num_frames],
-        describe_motion=describe_motion,
+        fps=8.0, defaults=DEFAULTS, demo=read_demo, describe_motion=describe_motion,
     )  # fmt: skip
