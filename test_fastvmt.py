@@ -3,18 +3,18 @@
 pip install -r requirements.txt pytest diffusers transformers && python -m pytest -q
 
 Method
-  The equations       AMF and its gradient (eqs. 1-5), both losses (eqs. 5-7), the paper's numbers
-  Known motion        flow of shifted textures, a still clip, the paper's Fig. 5
-  Step-skip           optimize_latent against AdamW written out (eqs. 9-10)
-  Guided sampler      Algorithm 1: features, losses (eq. 8), step, CFG; arguments that are refused
-  Device and memory   every tensor is made where it is asked for; peak memory at the paper's shape
+  The equations      AMF and its gradient (eqs. 1-5), the losses (eqs. 5-7), the paper's numbers
+  Known motion       flow of shifted textures and a still clip; the paper's Fig. 5
+  Step-skip          optimize_latent against AdamW written out (eqs. 9-10)
+  Guided sampler     Algorithm 1: features, losses (eq. 8), step, CFG; what is refused
+  Device, memory     tensors on one device only; peak memory at the paper's shape
 Model
-  DiT                 schedule, Q and K, recomputation, offloading; against diffusers
-  Video VAE           against diffusers; tiles
-  Text, checkpoints   UMT5 and tokens against transformers; the official layout, the hub
+  DiT                schedule, Q and K, recomputation, offloading; diffusers
+  Video VAE          diffusers; tiles
+  Text, checkpoints  UMT5 and tokens: transformers; official layout, hub
 Run
-  Videos              read_video, write_video
-  Command line        flags, notices, errors, what is left behind; the README's code
+  Videos             read_video, write_video
+  Command line       flags, notices, errors, what is left behind; README
 """
 
 import argparse
@@ -41,6 +41,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +65,12 @@ def close(a, b, tolerance):
     assert a.shape == b.shape, (a.shape, b.shape)
     error = (a - b).abs().max().item()
     assert error <= tolerance, f"max abs error {error:.3g}"  # NaN fails
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 # ---- Method: the equations, in float64 -------------------------------------------------------------------------------
@@ -320,8 +327,6 @@ def test_guidance_lowers_the_loss(dit):
     for losses in seen[:2]:
         assert losses.shape == (4, 3) and not losses.requires_grad  # ⌈10/3⌉ gradients in the first half of the steps
         assert losses[-1][0] < 0.6 * losses[0][0]
-        for total, amf, window in losses.tolist():
-            assert total == pytest.approx(5 * amf + window, rel=1e-5)
 
 
 @pytest.mark.parametrize("ref_noise, levels", [("match", [0.8, 0.6]), (0.0, [0.0]), (0.4, [0.4])])
@@ -789,12 +794,12 @@ DIT_FILE = "diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = dict(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
 
 
-def write_checkpoint(folder, shards=0):
+def write_checkpoint(path, shards=0):
     """A tiny checkpoint in the official layout; returns the modules that it came from."""
     arguments, vae = wan_min.ARCHITECTURES["tiny"]
     parts = {DiT: arguments, VAE: vae, TextEncoder: TEXT_ENCODER}
     modules = {cls: perturbed(random_model(cls, sizes, seed=7)) for cls, sizes in parts.items()}
-    weights = modules[DiT].state_dict()
+    weights, folder = modules[DiT].state_dict(), Path(path)
     folder.mkdir()
     names = sorted(weights)
     for n in range(shards or 1):
@@ -808,51 +813,40 @@ def write_checkpoint(folder, shards=0):
     return modules
 
 
-@pytest.mark.parametrize("shards", [0, 3])
-def test_a_checkpoint_gives_the_video_of_its_modules(folder, capsys, monkeypatch, shards):
-    modules, written = write_checkpoint(folder / "model", shards), []
-    monkeypatch.setattr(fastvmt, "write_video", lambda path, video, *_: written.append(video))
-    done = run_main(capsys, *DEMO, "--model", folder / "model", "--prompt", "a red  fox &amp; snow",
-                    "--negative-prompt", "runs", "--block", "3")  # fmt: skip
-    assert done[0] == 0, done
-    tokenizer, contexts = Tokenizer.from_file(str(folder / "model" / TOKENIZER_FILE)), []
-    for text in ("a red fox & snow", "runs", ""):
-        ids = torch.tensor([tokenizer.encode(text).ids])
-        encoded = modules[TextEncoder](ids, torch.ones_like(ids))
-        contexts.append(F.pad(encoded, (0, 0, 0, 512 - ids.shape[1])))
-    vae, noise = modules[VAE], randn(1, 16, 2, 4, 6)
-    latents = fastvmt.sample(modules[DiT], noise, wan_min.flow_sigmas(2), *contexts[:2], null=contexts[2],
-                             reference=vae.encode(fastvmt.read_video("demo", 5, (32, 48), fps=16.0)),
-                             config=MotionConfig(block=3, inner_steps=2))  # fmt: skip
-    close(written[0], vae.decode(latents), 1e-4)
-    assert written[0].std() > 0.05
-
-
 @pytest.mark.parametrize("model", ["1.3B", "14B"])
-def test_without_config_the_official_layout_of_that_width_is_expected(tmp_path, monkeypatch, model):
-    write_checkpoint(tmp_path / "model")
-    (tmp_path / "model" / "config.json").unlink()
+def test_without_config_the_official_layout_of_that_width_is_expected(monkeypatch, model):
+    write_checkpoint("model")
+    os.remove("model/config.json")
     with torch.device("meta"):
         weights = DiT(**wan_min.ARCHITECTURES[model][0]).state_dict()
     monkeypatch.setattr(wan_min, "load_file", lambda path: weights)
-    dit = wan_min.load(DiT, tmp_path / "model", "meta")
+    dit = wan_min.load(DiT, Path("model"), "meta")
     assert {name: p.shape for name, p in dit.state_dict().items()} == {name: p.shape for name, p in weights.items()}
     del weights["blocks.29.modulation"]
     with pytest.raises(ModelError, match="Missing key"):
-        wan_min.load(DiT, tmp_path / "model", "meta")
+        wan_min.load(DiT, Path("model"), "meta")
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_open_model(tmp_path, offload):
-    modules, counts = write_checkpoint(tmp_path / "model"), []
-    half = {name: p.bfloat16() for name, p in modules[TextEncoder].state_dict().items()}
-    torch.save(half, tmp_path / "model" / TEXT_FILE)
-    assert wan_min.load(TextEncoder, tmp_path / "model").norm.weight.dtype == torch.bfloat16
-    model = open_model(str(tmp_path / "model"), "cpu", torch.bfloat16, offload=offload)
+@pytest.mark.parametrize("shards, offload", [(0, False), (3, True)])
+def test_a_checkpoint_gives_its_modules(shards, offload):
+    modules, counts = write_checkpoint("model", shards), []
+    model = open_model("model", "cpu", torch.bfloat16, offload=offload)
     assert model[4:7] == (((480, 832), (832, 480)), 81, 16.0) and model.blocks == 4
     assert model.defaults == {"negative_prompt": wan_min.NEGATIVE_PROMPT}
-    dit, context = model.load_dit(counting(counts)), model.encode_prompts(["a red fox"])
-    assert counts == [len(modules[DiT].state_dict())] and context.dtype == torch.float32
+    tokenizer, contexts = (
+        Tokenizer.from_file(f"model/{TOKENIZER_FILE}"),
+        model.encode_prompts(["a red  fox &amp; snow", ""]),
+    )
+    for context, text in zip(contexts, ["a red fox & snow", ""]):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        true = modules[TextEncoder](ids, torch.ones_like(ids))[0]
+        close(context, F.pad(true, (0, 0, 0, 512 - len(true))), 1e-5)
+    codec, video = model.load_codec(), randn(1, 3, 5, 16, 16).clamp(-1, 1)
+    latents = modules[VAE].encode(video)
+    close(codec.encode(video), latents, 1e-5)
+    close(codec.decode(latents), modules[VAE].decode(latents), 1e-5)
+    dit = model.load_dit(counting(counts))
+    assert counts == [len(modules[DiT].state_dict())]
     assert all(p.is_meta is offload for p in dit.blocks.parameters())
     dtypes = {name: p.dtype for name, p in dit.named_parameters()}
     for name, dtype in dtypes.items():
@@ -860,9 +854,13 @@ def test_open_model(tmp_path, offload):
         assert dtype == (torch.float32 if fp32 else torch.bfloat16), name
     random = random_model(DiT, wan_min.ARCHITECTURES["tiny"][0], dtype=torch.bfloat16)
     assert {name: p.dtype for name, p in random.named_parameters()} == dtypes
-    inputs, full = (randn(1, 16, 2, 4, 6), torch.tensor([500.0]), context), modules[DiT]
-    assert torch.equal(dit(*inputs), wan_min.cast(full, torch.bfloat16)(*inputs))
+    inputs = randn(1, 16, 2, 4, 6), torch.tensor([500.0]), contexts[:1]
+    assert torch.equal(dit(*inputs), wan_min.cast(modules[DiT], torch.bfloat16)(*inputs))
     assert not any(p.requires_grad for p in dit.parameters())
+    half = {name: p.bfloat16() for name, p in modules[TextEncoder].state_dict().items()}
+    torch.save(half, f"model/{TEXT_FILE}")
+    assert wan_min.load(TextEncoder, Path("model")).norm.weight.dtype == torch.bfloat16
+    assert model.encode_prompts(["a"]).dtype == torch.float32
 
 
 def test_models_of_random_weights():
@@ -882,7 +880,7 @@ def test_models_of_random_weights():
 
 
 def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
-    text = write_checkpoint(tmp_path / "good")[TextEncoder].state_dict()
+    text = write_checkpoint("good")[TextEncoder].state_dict()
     fp8 = text | {"norm.weight": text["norm.weight"].to(torch.float8_e4m3fn)}
     lost = ["blocks.1.modulation", "blocks.2.ffn.0.weight", "blocks.3.ffn.0.weight", "head.head.bias"]
 
@@ -916,7 +914,7 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_no_checkpoint_are_told_what_they_are(folder):
+def test_names_that_are_no_checkpoint_are_told_what_they_are():
     save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(1)}, "motion.safetensors")
     Path("wan.gguf").touch()
     Path("models").mkdir()
@@ -929,7 +927,7 @@ def test_names_that_are_no_checkpoint_are_told_what_they_are(folder):
             open_model(name)
 
 
-def fake_hub(monkeypatch, folder, files=(), fail=None):
+def fake_hub(monkeypatch, files=(), fail=None):
     """What open_model asks huggingface_hub for: a list of calls. `fail` is raised where the network is needed."""
     calls = []
 
@@ -937,18 +935,18 @@ def fake_hub(monkeypatch, folder, files=(), fail=None):
         calls.append((name, repo, options))
         if fail:
             raise fail
-        return files if name == "list_repo_files" else str(folder)
+        return files if name == "list_repo_files" else "model"
 
     for name in ("list_repo_files", "snapshot_download"):
         monkeypatch.setattr(f"huggingface_hub.{name}", partial(call, name))
     return calls
 
 
-def test_weights_from_the_hub(tmp_path, monkeypatch):
+def test_weights_from_the_hub(monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    write_checkpoint(tmp_path / "model")
-    calls = fake_hub(monkeypatch, tmp_path / "model")
+    write_checkpoint("model")
+    calls = fake_hub(monkeypatch)
     for name, repo in (("14B", "Wan-AI/Wan2.1-T2V-14B"), ("some/repo", "some/repo")):
         calls.clear()
         model = open_model(name)
@@ -960,36 +958,36 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
     official = [*needed, "README.md", "diffusion_pytorch_model.safetensors.index.json"]
     assert list(filter_repo_objects(official, allow_patterns=calls[-1][2]["allow_patterns"])) == needed
     assert wan_min.REPOS[fastvmt.build_parser().get_default("model")] == "Wan-AI/Wan2.1-T2V-1.3B"
-    (tmp_path / "model" / VAE_FILE).write_text("")
+    Path("model", VAE_FILE).write_text("")
     with pytest.raises(ModelError, match="Wan2.1_VAE.pth is damaged"):
         open_model("some/repo").load_dit()  # all parts are checked before one is read
 
 
-def test_failures_of_the_hub_are_one_line_with_the_way_out(tmp_path, monkeypatch):
+def test_failures_of_the_hub_are_one_line_with_the_way_out(monkeypatch):
     from huggingface_hub.utils import GatedRepoError
 
     for message, error in {"reset by peer more.*run it again, it resumes": ConnectionResetError("reset by peer\nmore"),
                            "check the spelling.*hf auth": GatedRepoError.__new__(GatedRepoError)}.items():  # fmt: skip
-        fake_hub(monkeypatch, tmp_path, fail=error)
+        fake_hub(monkeypatch, fail=error)
         with pytest.raises(ModelError, match=f"^owner/name .*{message}"):
             open_model("owner/name")
     for file, kind in {"transformer/config.json": "Diffusers", "high_noise_model/config.json": "Wan 2.2",
                        "Wan2_1_bf16.safetensors": "repackaged", "a.txt": "not a checkpoint"}.items():  # fmt: skip
-        calls = fake_hub(monkeypatch, tmp_path, files=["README.md", file])
+        calls = fake_hub(monkeypatch, files=["README.md", file])
         with pytest.raises(ModelError, match=f"owner/name is .*{kind}.*Wan-AI/Wan2.1-T2V-1.3B"):
             open_model("owner/name")
         assert [call[0] for call in calls] == ["snapshot_download", "list_repo_files"]
 
 
-def test_hub_cache_is_used_offline_and_its_absence_is_one_line(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+def test_hub_cache_is_used_offline_and_its_absence_is_one_line():
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": os.getcwd()}
     code = "import wan_min; m = wan_min.open_model('14B'); print(m.blocks, len(m.load_dit().blocks))"
     run = partial(subprocess.run, [sys.executable, "-c", code], capture_output=True, text=True, env=environment,
                   cwd=HERE)  # fmt: skip
     message = run().stderr.splitlines()[-1]
     for part in ("ModelError", "Wan-AI/Wan2.1-T2V-14B", "go online", "--local-dir", "HF_HOME"):
         assert part in message
-    repo, commit = tmp_path / "hub" / "models--Wan-AI--Wan2.1-T2V-14B", "0" * 40
+    repo, commit = Path("hub/models--Wan-AI--Wan2.1-T2V-14B"), "0" * 40
     for name in ("refs", "snapshots"):
         (repo / name).mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
@@ -997,12 +995,12 @@ def test_hub_cache_is_used_offline_and_its_absence_is_one_line(tmp_path):
     assert run().stdout == "4 4\n"
 
 
-def test_tokens_equal_those_of_transformers(tmp_path):
+def test_tokens_equal_those_of_transformers():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: parity not checked")
     import ftfy
 
-    write_checkpoint(tmp_path / "model")
-    file = str(tmp_path / "model" / TOKENIZER_FILE)
+    write_checkpoint("model")
+    file = f"model/{TOKENIZER_FILE}"
     ours, true = Tokenizer.from_file(file), transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="</s>")
     prompts, lengths = ["", "a red fox", "  a \n red\tfox ", "<a> &amp;amp; fox", "红狐狸在雪中奔跑，狐狸。",
                         "🦊 runs 🏔️", "?!...,,", "fox " * 2000], []  # fmt: skip
@@ -1012,7 +1010,7 @@ def test_tokens_equal_those_of_transformers(tmp_path):
         assert ids == true(clean, truncation=True, max_length=512).input_ids and ids[-1] == 1
         lengths.append(len(ids))
     assert lengths[:2] == [1, 4] and lengths[-1] == 512
-    contexts = wan_min.encode_prompts(prompts, tmp_path / "model")
+    contexts = wan_min.encode_prompts(prompts, Path("model"))
     assert contexts.shape == (len(prompts), 512, 64) and contexts.isfinite().all()
     assert (contexts.abs().sum(-1) > 0).sum(1).tolist() == lengths  # zero past the words and the end token
 
@@ -1055,7 +1053,7 @@ def encode(path, frames, *options, fps=12, pixels="rgb24"):
     size = f"{frames.shape[2]}x{frames.shape[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", pixels, "-s", size, "-r", fps, "-i", "-"]
     log = ffmpeg(*source, *options, path, frames=frames.tobytes())
-    assert path.exists(), log
+    assert os.path.exists(path), log
     return path
 
 
@@ -1097,9 +1095,9 @@ READING = {  # the file's ending, its rate, the rate and start asked for, option
 
 
 @pytest.mark.parametrize("kind", READING)
-def test_reading_videos(tmp_path, caplog, kind):
+def test_reading_videos(caplog, kind):
     ending, rate, fps, start, options = READING[kind]
-    path, flat = tmp_path / f"in{ending}", tmp_path / f"flat{ending}"
+    path, flat = Path("in" + ending), Path("flat" + ending)
     write_clip(flat, size=(101, 67) if kind == "odd" else (48, 80), options=options.split(), fps=rate)
     if kind in ("sound", "late"):
         ffmpeg("-copyts", "-i", flat, *SINE, "-map", "0", "-map", "1", path)
@@ -1107,9 +1105,9 @@ def test_reading_videos(tmp_path, caplog, kind):
         ffmpeg("-display_rotation", "90", "-i", flat, "-c", "copy", path)
     elif kind == "resized":  # the second half
         for filters in ("select=lt(n\\,7)", "select=gte(n\\,7),scale=40:64"):
-            ffmpeg("-i", flat, "-vf", filters, *H264.split(), tmp_path / "part.h264")
+            ffmpeg("-i", flat, "-vf", filters, *H264.split(), "part.h264")
             with path.open("ab") as file:
-                file.write((tmp_path / "part.h264").read_bytes())
+                file.write(Path("part.h264").read_bytes())
     else:
         flat.rename(path)
     seen = levels(path, fps=fps, start=start, turn=True)
@@ -1128,9 +1126,9 @@ def test_reading_videos(tmp_path, caplog, kind):
 
 
 @pytest.mark.parametrize("ending", [".mp4", ".mkv", ".ts", ".avi"])
-def test_a_start_inside_a_long_video(tmp_path, ending):
+def test_a_start_inside_a_long_video(ending):
     frames = np.tile(np.arange(0, 240, 10, np.uint8)[:, None, None, None], (5, 16, 16, 3))
-    path = encode(tmp_path / f"in{ending}", frames, "-g", "50", *H264.split(), fps=5)
+    path = encode("in" + ending, frames, "-g", "50", *H264.split(), fps=5)
     for start in (0.6, 3.4, 18.25):
         seen = levels(path, fps=5, size=(32, 32), num_frames=5, start=start)
         close(seen.mean((0, 2, 3)), torch.tensor([(math.floor(start * 5) + n) % 24 * 10.0 for n in range(5)]), 4)
@@ -1155,7 +1153,7 @@ COLOURS = {  # the file's ending and options of its encoder
 
 
 @pytest.mark.parametrize("kind", COLOURS)
-def test_colours_of_all_kinds(tmp_path, kind):
+def test_colours_of_all_kinds(kind):
     ending, options = COLOURS[kind]
     expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])  # left, right
     height, width = (720, 1280) if "hd" in kind else (48, 80)
@@ -1166,12 +1164,12 @@ def test_colours_of_all_kinds(tmp_path, kind):
         expected[1] = 127.5
     elif "alpha" in kind:  # on mid grey
         expected = (expected + 127.5) / 2
-    halves = levels(encode(tmp_path / f"in{ending}", frame, *options.split())).chunk(2, dim=3)
+    halves = levels(encode("in" + ending, frame, *options.split())).chunk(2, dim=3)
     close(torch.stack([half[..., 3:-3].mean((1, 2, 3)) for half in halves]), expected, 1.6)
 
 
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
-def test_hdr_is_shown_as_bt709(tmp_path, transfer, monkeypatch):
+def test_hdr_is_shown_as_bt709(transfer, monkeypatch):
     # By the formulas of ST 2084 and BT.2100: white is 203 cd/m² (BT.2408), a display of BT.709 has gamma 2.4 (BT.1886).
     expected = np.array([[255, 255, 255], [120, 120, 120], [30, 30, 30], [200, 60, 30], [40, 160, 90], [20, 60, 220.0]])
     to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
@@ -1187,7 +1185,7 @@ def test_hdr_is_shown_as_bt709(tmp_path, transfer, monkeypatch):
     frame = np.tile((signal * 65535).round().astype("<u2").repeat(16, 0), (5, 32, 1, 1))  # columns of 16 pixels
     tags = f"setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}"
     options = f"{FFV1}bt2020,format=yuv444p12le,{tags}".split()
-    path = encode(tmp_path / "in.mkv", frame, *options, pixels="rgb48le")
+    path = encode("in.mkv", frame, *options, pixels="rgb48le")
     seen = levels(path, size=(32, 96))[:, 0, 4:-4].unflatten(2, (6, 16))[..., 5:-5].mean((1, 3)).T
     close(seen, torch.tensor(expected).float(), 2.1)
 
@@ -1198,43 +1196,40 @@ def test_hdr_is_shown_as_bt709(tmp_path, transfer, monkeypatch):
         levels(path)
 
 
-def test_interlaced_frames_have_no_combs(tmp_path):
+def test_interlaced_frames_have_no_combs():
     rows, columns = np.mgrid[:96, :160]
     fields = [128 + 100 * np.sin((columns - 8 * n) / 12) for n in range(18)]  # a pan of 8 columns a field
     frames = np.stack([np.where(rows % 2, second, first) for first, second in zip(fields[::2], fields[1::2])])
     frames = frames[..., None].repeat(3, 3).astype(np.uint8)
-    path = encode(tmp_path / "in.mkv", frames, "-vf", "setfield=tff", "-c:v", "ffv1", "-pix_fmt", "yuv420p")
-    seen = levels(path, size=(96, 160))
-    combs = (seen[:, 1:-1, 1:-1] - (seen[:, 1:-1, 2:] + seen[:, 1:-1, :-2]) / 2).abs().mean()
-    assert combs < 2, combs  # 27 with the combs
-    close(seen[:, :, ::2, 20:-20], torch.tensor(frames[:, ::2, 20:-20]).permute(3, 0, 1, 2).float(), 4)
+    path = encode("in.mkv", frames, "-vf", "setfield=tff", "-c:v", "ffv1", "-pix_fmt", "yuv420p")
+    true = torch.tensor(np.stack(fields[::2])).expand(3, -1, -1, -1)
+    close(levels(path, size=(96, 160))[:, 1:-1, :, 20:-20], true[:, 1:-1, :, 20:-20].float(), 6)
 
 
-def test_rate_and_pixels_are_of_one_stream(tmp_path):
-    small = write_clip(tmp_path / "small.mp4", fps=12)
-    large = write_clip(tmp_path / "large.mp4", 60, (96, 160), fps=30)
-    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", tmp_path / "both.mkv")
-    assert torch.equal(levels(tmp_path / "both.mkv"), levels(small))
+def test_rate_and_pixels_are_of_one_stream():
+    small = write_clip("small.mp4", fps=12)
+    large = write_clip("large.mp4", 60, (96, 160), fps=30)
+    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", "both.mkv")
+    assert torch.equal(levels("both.mkv"), levels(small))
 
 
-def test_a_folder_of_pictures_is_a_video(tmp_path, capsys, monkeypatch):
-    from PIL import Image
-
-    folder, shades = tmp_path / "a %d:b", range(40, 180, 10)
+def test_a_folder_of_pictures_is_a_video(capsys, monkeypatch):
+    folder, shades = Path("a %d:b"), [127.5, 40, *range(50, 180, 10)]  # of x%d1 and so on
     folder.mkdir()
-    for n, shade in enumerate(shades):
-        name = f"x%d{n + 2}." + ("PNG", "jpg", "bmp", "webp", "tif")[n % 5]
-        picture = Image.new("RGBA", (96 + n, 48) if n != 5 else (48, 96), (shade,) * 3 + (255,))
-        kind = "JPEG" if n == 10 else None  # whatever its name says
-        (picture if n in (0, 5) else picture.convert("RGB")).save(folder / name, kind)
-    Image.new("RGBA", (96, 48), (0, 0, 0, 0)).save(folder / "x%d1.png")
-    Image.fromarray(np.full((48, 96), 50 * 256, np.uint16)).save(folder / "x%d3.png")
+    Image.new("RGBA", (96, 48)).save(folder / "x%d1.png")  # transparent
+    for n, shade in enumerate(shades[1:], 2):
+        kind = ("tif", "webp", "PNG", "jpg", "bmp")[n % 5]
+        picture = Image.new("L", (48, 96) if n == 7 else (94 + n, 48), shade)
+        picture.convert("RGBA" if kind == "PNG" else "RGB").save(folder / f"x%d{n}.{kind}")
+    Image.fromarray(np.full((48, 96), shades[2] * 256, np.uint16)).save(folder / "x%d3.png")
     (folder / "x%d3.jpg").unlink()
+    (folder / "x%d12.PNG").write_bytes((folder / "x%d13.jpg").read_bytes())  # a JPEG, whatever its name says
+    shades[11] = shades[12]
     (folder / "._x%d3.png").write_text("no picture")
     assert levels(folder, fps=30, turn=True).shape == (3, 13, 32, 64)  # as the first picture, which is not portrait
     assert not capsys.readouterr().out
     seen = levels(folder, fps=30)
-    close(seen.mean((0, 2, 3)), torch.tensor([127.5, *shades[:12]]), 1.6)
+    close(seen.mean((0, 2, 3)), torch.tensor(shades[:13]), 1.6)
     assert torch.equal(levels(folder, fps=8, start=0.5, num_frames=9), seen[:, 4:])
     with pytest.raises(fastvmt.UserError, match="has 3 frames from 0.4 s"):
         levels(folder, fps=30, start=0.4)
@@ -1247,28 +1242,32 @@ def test_a_folder_of_pictures_is_a_video(tmp_path, capsys, monkeypatch):
     (folder / "x%d4.bmp").write_bytes(b"BM no picture")
     with pytest.raises(fastvmt.UserError, match="x%d4.bmp"):
         levels(folder)
-    monkeypatch.chdir(tmp_path)
     demo = levels("demo")
     folder.rename("demo")
     assert torch.equal(levels("demo"), demo)
 
 
-def test_frames_are_covered_and_cropped_at_the_centre(tmp_path):
+def test_frames_are_covered_and_cropped_at_the_centre():
     frames = np.zeros((5, 60, 40, 3), np.uint8)
     frames[:, 20:40] = 255  # the middle third
     noise = np.random.default_rng(0).integers(0, 256, (5, 256, 512, 3), np.uint8)
-    tall, wide, large = (encode(tmp_path / f"{n}.mkv", x, "-c:v", "ffv1", "-pix_fmt", "gbrp")
+    tall, wide, large = (encode(f"{n}.mkv", x, "-c:v", "ffv1", "-pix_fmt", "gbrp")
                          for n, x in enumerate((frames, frames.swapaxes(1, 2), noise)))  # fmt: skip
     seen = levels(tall)  # to 96x64, rows 32 to 64 kept
     assert seen.shape == (3, 5, 32, 64) and seen[:, :, 2:-2].min() > 253
     close(levels(wide, size=(64, 32)), seen.transpose(2, 3), 2)
     assert levels(wide, size=(64, 32), turn=True).shape == (3, 5, 64, 32)  # a landscape is not turned
+    os.mkdir("photos")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # shown turned clockwise
+    for n, frame in enumerate(frames):
+        Image.fromarray(np.rot90(frame)).save(f"photos/{n}.png", exif=exif)
+    close(levels("photos"), seen, 2)
     assert levels(large).std() < 25  # a mean of about 8x8 pixels, not one of them
 
 
-def test_names_and_unreadable_references(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    clip = write_clip(Path("in.mp4")).read_bytes()
+def test_names_and_unreadable_references(monkeypatch):
+    clip = Path(write_clip("in.mp4")).read_bytes()
     for name in ("-y.mp4", "a%03d.mp4", "http:a.mp4", "a\nb '\".mp4", "狐狸.MP4", os.fsdecode(b"caf\xe9.mp4")):
         Path(name).write_bytes(clip)
         assert levels(name).shape[1] == 13
@@ -1278,7 +1277,7 @@ def test_names_and_unreadable_references(tmp_path, monkeypatch):
            "-disposition:v", "attached_pic", "song.mp4")  # fmt: skip
     assert "attached pic" in ffmpeg("-i", "song.mp4")  # a picture of its cover is no video
     os.mkfifo("fifo")
-    write_clip(Path("burst.mp4"), num_frames=8, fps=60)
+    write_clip("burst.mp4", num_frames=8, fps=60)
     assert levels("burst.mp4", fps=60).shape[1] == 5
 
     def refused(message, name, **options):
@@ -1317,11 +1316,11 @@ def metadata_of(path):
 SMOOTH = F.interpolate(randn(1, 3, 3, 4, 6), (9, 62, 98), mode="trilinear").clamp(-0.8, 0.8)
 
 
-def test_video_survives_writing(tmp_path, capfd):
-    link, out = tmp_path / "link.mp4", tmp_path / "folder" / "o.mp4"
+def test_video_survives_writing(capfd):
+    link, out = Path("link.mp4"), Path("folder/o.mp4")
     link.symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     out.parent.mkdir()
-    assert fastvmt.partial_path(link).parent == out.parent  # on one disk
+    assert fastvmt.partial_path(link).parent == out.parent.resolve()  # on one disk
     comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 900, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
     fastvmt.write_video(link, SMOOTH, 24, comment)
     assert link.is_symlink() and os.listdir(out.parent) == ["o.mp4"]
@@ -1334,14 +1333,14 @@ def test_video_survives_writing(tmp_path, capfd):
     assert capfd.readouterr().err == ""  # ffmpeg has nothing to say
 
 
-def test_a_failure_to_write_leaves_the_old_video(folder, monkeypatch):
+def test_a_failure_to_write_leaves_the_old_video(monkeypatch):
     import imageio_ffmpeg
 
     fastvmt.write_video("o.mp4", SMOOTH, 24)
     limit, real = os.path.getsize("o.mp4") // 1024, imageio_ffmpeg.get_ffmpeg_exe()
     Path("o.mp4").write_text("an older result")
     Path("in_the_way.mp4").mkdir()
-    script = folder / "ffmpeg"
+    script = Path("ffmpeg").absolute()
     script.touch(0o755)
 
     def refused(message, path="o.mp4", video=SMOOTH):
@@ -1379,28 +1378,8 @@ def refused(capsys, message, *args, code=2):
     return out
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """An empty folder to run in: results are out.mp4 there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        yield tmp_path
-
-
 DEMO = shlex.split("--ref demo --prompt 'a red fox' --model tiny --steps 2 --inner-steps 2 --device cpu --size 32x48 "
                    "--frames 5")  # fmt: skip
-
-
-def failing_once(function):
-    """It, but that its first call finds the memory full."""
-    calls = iter([True])
-
-    def call(*args):
-        if next(calls, False):
-            raise OUT_OF_MEMORY[0]
-        return function(*args)
-
-    return call
 
 
 def failing(error):
@@ -1412,8 +1391,8 @@ def failing(error):
     return fail
 
 
-def test_command_line_makes_the_video(folder, capsys):
-    write_clip(folder / "in.mp4", fps=12)
+def test_command_line_makes_the_video(capsys):
+    write_clip("in.mp4", fps=12)
     outputs = []
     for n, extra in enumerate(([], [], ["--seed", "1"], ["--no-transfer"])):
         Path(str(n)).mkdir()
@@ -1439,7 +1418,7 @@ wrote 0/out\.mp4
     assert re.fullmatch(expected, text), text
 
 
-def test_the_run_is_its_parts(folder, capsys, monkeypatch):
+def test_the_run_is_its_parts(capsys, monkeypatch):
     """Which latents and settings the videos and the printed lines are made of; changes of the method arrive."""
     written = {}
     monkeypatch.setattr(fastvmt, "write_video", lambda path, video, *_: written.update({str(path): video}))
@@ -1464,61 +1443,57 @@ def test_the_run_is_its_parts(folder, capsys, monkeypatch):
         assert f"steps 1 to 2 of 3, σ {sigmas[0]:.3f} to {sigmas[1]:.3f}" in text and text.count("guiding") == 1
 
 
-def test_the_whole_path_makes_every_tensor_on_the_device_asked_for(tmp_path, monkeypatch):
+def test_the_whole_path_makes_every_tensor_on_the_device_asked_for(monkeypatch):
     """Prompts, video to latents, guided sampling, latents to video; all from a checkpoint's files."""
-    true, load, sigmas = wan_min.TextEncoder.forward, wan_min.load, wan_min.flow_sigmas(1)
+    forward, load = TextEncoder.forward, wan_min.load
 
     def watched(*args):
         with Tensors("meta"):
-            return true(*args)
+            return forward(*args)
 
-    monkeypatch.setattr(wan_min.TextEncoder, "forward", watched)
+    monkeypatch.setattr(TextEncoder, "forward", watched)
     monkeypatch.setattr(wan_min, "load", lambda cls, folder, device="cpu", *a: load(cls, folder, "cpu", *a).to(device))
-    write_checkpoint(tmp_path / "m")
+    write_checkpoint("m")
+    video, config = torch.empty(1, 3, 5, 32, 48, device="meta"), MotionConfig(block=2, inner_steps=1)
     for offload in (False, True):
-        model = wan_min.open_model(str(tmp_path / "m"), "meta", torch.bfloat16, offload=offload)
-        video = torch.empty(1, 3, 5, 32, 48, device="meta")
-        contexts = model.encode_prompts(["a red fox", "", ""])
-        codec, dit = model.load_codec(), model.load_dit()
+        model = open_model("m", "meta", torch.bfloat16, offload=offload)
+        contexts, codec, dit = model.encode_prompts(["a red fox", "", ""]), model.load_codec(), model.load_dit()
         with Tensors("meta"):
             reference = codec.encode(video)
-            latents = fastvmt.sample(dit, torch.empty_like(reference), sigmas, *contexts.split(1)[:2],
-                                     reference=reference, null=contexts[2:], checkpoint=offload,
-                                     config=MotionConfig(block=2, inner_steps=1))  # fmt: skip
+            latents = sample(dit, torch.empty_like(reference), context=contexts[:1], negative=contexts[1:2],
+                             reference=reference, null=contexts[2:], config=config, checkpoint=offload)  # fmt: skip
             decoded = codec.decode(latents)
         assert decoded.is_meta and decoded.shape == video.shape and contexts.is_meta and contexts.shape[:2] == (3, 512)
 
 
-@pytest.mark.parametrize(
-    "guided, interval, computed", [(2, 3, (0, 1, 2, 5, 8)), (0, 2, (0, 2, 4, 6, 8)), (3, 1, range(9))]
-)
+@pytest.mark.parametrize("guided, interval, computed", [
+    (2, 3, [0, 1, 2, 5, 8]), (0, 2, [0, 2, 4, 6, 8]), (3, 1, range(9)),
+])  # fmt: skip
 def test_velocities_are_reused_after_the_guided_steps(guided, interval, computed):
-    asked = []
+    asked, used = [], []
 
     def velocity(x, sigma):
         asked.append(sigma)
-        return torch.full_like(x, sigma)
+        return sigma
 
     def twice(velocity, x, sigma, next_sigma):  # as Heun's method asks twice
-        return x + velocity(x, sigma) + velocity(x, sigma + 0.5)
+        used.append((velocity(x, sigma), velocity(x, sigma + 0.5)))
 
-    step, x, last = fastvmt.reuse_velocities(twice, guided, interval), torch.zeros(1), 0
+    step = fastvmt.reuse_velocities(twice, guided, interval)
     for number in range(9):
-        x = step(velocity, x, number, number + 1)
-        last = number if number in computed else last
-        expected = last + (last + 0.5) if number in computed else 2 * (last + 0.5)
-        assert x.item() == expected, number
-        x = torch.zeros(1)
+        step(velocity, None, number, number + 1)
+        last = max(n for n in computed if n <= number)
+        assert used[-1] == ((last if number == last else last + 0.5), last + 0.5)
     assert asked == [sigma for number in computed for sigma in (number, number + 0.5)]
 
 
-def test_user_errors(folder, capsys, monkeypatch):
-    write_clip(folder / "in.mp4")
-    write_clip(folder / "short.mp4", num_frames=3, fps=16)
+def test_user_errors(capsys, monkeypatch):
+    write_clip("in.mp4")
+    write_clip("short.mp4", num_frames=3, fps=16)
     Path("text.mp4").write_text("no video")
     for name in ("empty", "out/p.mp4", "out/q.latents.safetensors"):
         Path(name).mkdir(parents=True)
-    before = sorted(folder.rglob("*"))
+    before = sorted(Path().rglob("*"))
     monkeypatch.setattr(wan_min, "random_contexts", failing(AssertionError("told before anything is loaded")))
     out_of_range = ("--steps 0", "--fps 0", "--fps nan", "--start -1", "--seed -1", "--shift 0", "--strength 1.5")
     cases = {flag: flag[2:] for flag in out_of_range} | {  # flags, what the message must name
@@ -1556,10 +1531,10 @@ def test_user_errors(folder, capsys, monkeypatch):
     for flags, message in cases.items():
         refused(capsys, message, *DEMO, "--ref", "in.mp4", *shlex.split(flags))
     refused(capsys, "--ref", "--prompt", "a fox", "--model", "tiny")
-    full = shutil.disk_usage(folder)._replace(free=2**26)
+    full = shutil.disk_usage(".")._replace(free=2**26)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     refused(capsys, "128 MiB", *DEMO)
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_help_shows_every_setting_with_default_and_source(capsys):
@@ -1589,7 +1564,7 @@ def test_a_new_setting_becomes_a_flag(monkeypatch):
     assert parser.parse_args([]).weights == () and parser.parse_args(["--weights"]).weights == []
 
 
-def test_every_flag_arrives(folder, capsys, monkeypatch):
+def test_every_flag_arrives(capsys, monkeypatch):
     """At the method, the text encoder, the DiT and the video."""
     seen, prompts, compiled, tiled = {}, [], [], VAE.tiled
 
@@ -1657,9 +1632,9 @@ def test_presets():
         assert (common | others).items() <= vars(args).items(), flags
 
 
-def test_notices(folder, capsys):
-    write_clip(folder / "in.mp4", num_frames=7, fps=16)
-    write_clip(folder / "tall.mp4", size=(80, 48), fps=16)
+def test_notices(capsys):
+    write_clip("in.mp4", num_frames=7, fps=16)
+    write_clip("tall.mp4", size=(80, 48), fps=16)
     shorter = "only 5 frames: the reference is shorter than --frames"
     longer = "the model was trained on clips of up to 5 frames"
     portrait = "--size is rows x columns: this is a portrait video"
@@ -1681,27 +1656,27 @@ def test_notices(folder, capsys):
         assert capsys.readouterr().out.splitlines() == expected, flags
 
 
-def test_provenance_and_comparison(folder, capsys, monkeypatch):
-    prompt = 'a "red" fox; snow = white # 狐狸 \\ {}'
-    write_clip(folder / "in.mp4")
-    code, text, err = run_main(capsys, *DEMO, "--prompt", prompt, "--ref", folder / "in.mp4", "--compare", "c.mp4",
+def test_provenance_and_comparison(capsys, monkeypatch):
+    write_clip("in.mp4")
+    code, text, err = run_main(capsys, *DEMO, "--ref", Path("in.mp4").absolute(), "--compare", "c.mp4",
                                *"--fps 8 --lambda-window 0.25 --seed 5".split())  # fmt: skip
     assert code == 0 and not err and sorted(os.listdir()) == ["c.mp4", "in.mp4", "out.mp4"]
     assert "wrote out.mp4 and c.mp4\n" in text
     for name in ("out.mp4", "c.mp4"):
         record = metadata_of(Path(name))
-        known = dict(prompt=prompt, seed=5, model="tiny", steps=2, fps=8.0, ref="in.mp4", lambda_window=0.25, span=5,
-                     lr=[0.003, 0.002], block=3, window=3, ref_noise=0.0, shift=7.0, ai_generated=True,
+        known = dict(prompt="a red fox", seed=5, model="tiny", steps=2, fps=8.0, ref="in.mp4", lambda_window=0.25,
+                     span=5, lr=[0.003, 0.002], block=3, window=3, ref_noise=0.0, shift=7.0, ai_generated=True,
                      torch=torch.__version__)  # fmt: skip
         assert {name: record[name] for name in known} == known
-        assert set(MotionConfig().__dict__) < set(record) and str(folder) not in json.dumps(record)
+        assert set(MotionConfig().__dict__) < set(record) and os.getcwd() not in json.dumps(record)
         assert record["vae_tiles"] is False
     assert "768x256" in ffmpeg("-i", "c.mp4") and "8 fps" in ffmpeg("-i", "c.mp4")
-    monkeypatch.setattr(VAE, "tiled", failing_once(VAE.tiled))  # the fall back to tiles changes the result
+    tiled, full = VAE.tiled, failing(OUT_OF_MEMORY[0])  # the fall back to tiles changes the result
+    monkeypatch.setattr(VAE, "tiled", lambda *args: tiled(*args) if args[4] else full())
     assert run_main(capsys, *DEMO)[0] == 0 and metadata_of(Path("out.mp4"))["vae_tiles"] is True
 
 
-def test_nothing_is_lost_when_decoding_fails(folder, capsys, monkeypatch):
+def test_nothing_is_lost_when_decoding_fails(capsys, monkeypatch):
     assert run_main(capsys, *DEMO)[0] == 0
     read = partial(fastvmt.read_video, "out.mp4", 5, (32, 48))
     whole = read()
@@ -1719,7 +1694,7 @@ def test_nothing_is_lost_when_decoding_fails(folder, capsys, monkeypatch):
         assert metadata_of(Path("out.mp4"))["prompt"] == "a red fox"
 
 
-def test_a_killed_run_leaves_whole_files_or_none(folder, capsys):
+def test_a_killed_run_leaves_whole_files_or_none(capsys):
     """Killed when latents or video are written, but not yet under their names."""
     kill = """
 import os, signal, sys
@@ -1744,7 +1719,7 @@ fastvmt.main(sys.argv[1:])
     assert Path(names[0]).read_bytes() == before
 
 
-def test_failures_during_sampling(folder, capsys, monkeypatch):
+def test_failures_during_sampling(capsys, monkeypatch):
     forward, times = DiT.forward, iter(range(100))
     for error in (MemoryError(), RuntimeError("CUDA error: out of memory")):
         with monkeypatch.context() as patch:
@@ -1758,7 +1733,7 @@ def test_failures_during_sampling(folder, capsys, monkeypatch):
     assert not os.listdir()
 
 
-def test_memory_is_found_by_recomputation(folder, capsys, monkeypatch):
+def test_memory_is_found_by_recomputation(capsys, monkeypatch):
     true, seen, held = fastvmt.sample, [], []
 
     def sample(*args, checkpoint, **kwargs):
@@ -1781,10 +1756,10 @@ def test_memory_is_found_by_recomputation(folder, capsys, monkeypatch):
         assert ("out of memory: again with --checkpoint on" in text) is (len(seen) == 2)
 
 
-def test_any_shell_and_any_name(folder):
+def test_any_shell_and_any_name():
     """A console in cp1252, names that are not UTF-8, a reader that goes away."""
     name, prompt = os.fsdecode(b"caf\xe9 \xe7\x8b\x90 %d.mp4"), "狐 \" ' \\ = ; # fox " * 500  # 9,500 characters
-    write_clip(folder / "in.mp4").rename(name)
+    os.rename(write_clip("in.mp4"), name)
     Path("out").mkdir()
     program, environment = [sys.executable, "-u", str(HERE / "fastvmt.py")], os.environ | {"PYTHONIOENCODING": "cp1252"}
     run = [*program, *DEMO, "--ref", name, "--out", f"out/{name}", "--prompt", prompt]
@@ -1800,7 +1775,7 @@ def test_any_shell_and_any_name(folder):
     assert done.returncode == 1 and not Path("p.mp4").exists()
 
 
-def test_readme_code_runs(dit, folder):
+def test_readme_code_runs(dit):
     """Its two changes make other videos of the tiny model; its example writes one."""
     changes, example = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     scope = {}
