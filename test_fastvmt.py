@@ -80,7 +80,7 @@ def slow_amf(Q, K, span, tile, window, tau, center):
     """Sec. 3.2 in loops: {(i, j): (flow (H, W, 2), mean key of each tile's window (N, D))}."""
     num_frames, H, W, D = Q.shape
     lh, lw = (H, W) if window is None else (min(window, H), min(window, W))
-    out = {}
+    grid, out = list(product(range(H), range(W))), {}
     for i, j in product(range(num_frames), repeat=2):
         if not 1 <= j - i <= span:
             continue
@@ -88,7 +88,6 @@ def slow_amf(Q, K, span, tile, window, tau, center):
         for a, b in product(range(0, H, tile[0]), range(0, W, tile[1])):
             query = Q[i, min(a + tile[0] // 2, H - 1), min(b + tile[1] // 2, W - 1)]
             logits = (K[j] @ query).tolist()  # no gradient flows through the choice of window
-            grid = list(product(range(H), range(W)))
             if center == "argmax":
                 cy, cx = max(grid, key=lambda p: logits[p[0]][p[1]])
             else:
