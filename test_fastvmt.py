@@ -55,6 +55,7 @@ from wan_min import TEXT_FILE, TOKENIZER_FILE, VAE, VAE_FILE, DiT, ModelError, T
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of programs that are started; tensors here are too small to share
 torch.set_num_threads(1)
+torch.meta = getattr(torch, "meta", None) or argparse  # any module: torch 2.5 asks for it before it recomputes there
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -416,7 +417,7 @@ def test_bad_arguments_of_the_method(dit):
     two = torch.cat([NOISE, NOISE])
     for noise, change in ((NOISE, dict(null=None)), (NOISE, dict(reference=REFERENCE[:, :, :1])),
                           (two, dict(reference=two))):  # fmt: skip
-        with pytest.raises(ValueError, match="reference.*noise, one clip, .*null"):
+        with pytest.raises(ValueError, match="reference.*noise's shape, a single clip, .*null"):
             sample(dit, noise, **change)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
         fastvmt.optimize_latent(randn(5), lambda x: x.sum())
@@ -1205,7 +1206,7 @@ def test_rate_and_pixels_are_of_one_stream():
     assert torch.equal(levels("both.mkv"), levels(small))
 
 
-def test_a_folder_of_pictures_is_a_video(capsys):
+def test_a_folder_of_pictures_is_a_video():
     folder, shades = Path("a %d:b"), [127.5, 40, *range(50, 180, 10)]  # of x%d1 and so on
     folder.mkdir()
     Image.new("RGBA", (96, 48)).save(folder / "x%d1.png")  # transparent
@@ -1219,18 +1220,12 @@ def test_a_folder_of_pictures_is_a_video(capsys):
     shades[11] = shades[12]
     (folder / "._x%d3.png").write_text("no picture")
     assert levels(folder, fps=30, turn=True).shape == (3, 13, 32, 64)  # as the first picture, which is not portrait
-    assert not capsys.readouterr().out
     seen = levels(folder, fps=30)
     close(seen.mean((0, 2, 3)), torch.tensor(shades[:13]), 1.6)
     assert torch.equal(levels(folder, fps=8, start=0.5, num_frames=9), seen[:, 4:])
     with pytest.raises(fastvmt.UserError, match="has 4 frames from 0.37 s"):
         levels(folder, fps=30, start=0.37)
-    Image.new("L", (96, 48)).save(folder / "x%d4.png")  # a mask
-    levels(folder)
     (folder / "notes.txt").write_text("no picture")
-    levels(folder)
-    text = capsys.readouterr().out
-    assert "16 files, 16 pictures for Pillow, 15 names" in text and "17 files, 16 pictures" in text
     (folder / "x%d4.bmp").write_bytes(b"BM no picture")
     with pytest.raises(fastvmt.UserError, match="x%d4.bmp"):
         levels(folder)
@@ -1411,10 +1406,10 @@ wrote 0/out\.mp4
 
 
 def test_the_run_is_its_parts(capsys, monkeypatch):
-    """Which latents and settings the videos and the printed lines are made of; changes of the method arrive."""
+    """Which latents and settings the video and the printed lines are made of; changes of the method arrive."""
     written = {}
     monkeypatch.setattr(fastvmt, "write_video", lambda path, video, *_: written.update({str(path): video}))
-    flags = "--frames 9 --compare c.mp4 --seed 5 --strength 0.7 --steps 3 --guided-fraction 0.5 --velocity-interval 2"
+    flags = "--frames 9 --seed 5 --strength 0.7 --steps 3 --guided-fraction 0.5 --velocity-interval 2"
     args, config, model = fastvmt.parse_arguments([*DEMO, *flags.split(), "--negative-prompt", "blur"])
     video, codec, dit = fastvmt.read_video("demo", 9, (32, 48)), model.load_codec(), model.load_dit()
     reference, (context, negative, null) = codec.encode(video), model.encode_prompts(["a red fox", "blur", ""]).split(1)
@@ -1427,10 +1422,7 @@ def test_the_run_is_its_parts(capsys, monkeypatch):
         fastvmt.run(args, config, model, **seams)
         guidance = dict(reference=reference, null=null, config=config)
         latents = fastvmt.sample(dit, noise, sigmas, context, negative, **guidance, **seams)
-        result = codec.decode(latents)
-        close(written["out.mp4"], result, 1e-4)
-        pair = torch.cat([video, result], dim=-1)  # below 240 rows both are enlarged, here eight times
-        close(written["c.mp4"], pair.repeat_interleave(8, 3).repeat_interleave(8, 4), 1e-4)
+        close(written["out.mp4"], codec.decode(latents), 1e-4)
         text = capsys.readouterr().out
         assert f"steps 1 to 2 of 3, σ {sigmas[0]:.3f} to {sigmas[1]:.3f}" in text and text.count("guiding") == 1
 
@@ -1485,6 +1477,8 @@ def test_user_errors(capsys, monkeypatch):
     Path("text.mp4").write_text("no video")
     for name in ("empty", "out/p.mp4", "out/q.latents.safetensors"):
         Path(name).mkdir(parents=True)
+    save_file({"other": torch.ones(1, 16, 2, 4, 6)}, "other.safetensors")
+    save_file({"result": torch.ones(2, 3)}, "flat.safetensors")
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr(wan_min, "random_contexts", failing(AssertionError("told before anything is loaded")))
     out_of_range = ("--steps 0", "--fps 0", "--fps nan", "--start -1", "--seed -1", "--shift 0", "--strength 1.5")
@@ -1509,7 +1503,6 @@ def test_user_errors(capsys, monkeypatch):
         f"--out {'a' * 250}.mp4": "name too long",
         "--out out/p.mp4": "is a folder",
         "--out out/q.mp4": "q.latents.safetensors is a folder",
-        "--compare out.mp4": "not the reference",
         "--compile --offload": "exclude each other",
         f"--ref {'a' * 300}": "not a file or a folder",
         "--ref 'no\nsuch'": "no such",
@@ -1519,6 +1512,8 @@ def test_user_errors(capsys, monkeypatch):
         "--device abacus": "device abacus cannot be used",
         "--decode text.mp4": "header",
         "--decode no.safetensors": "no.safetensors",
+        "--decode other.safetensors": "holds no latents of this",
+        "--decode flat.safetensors": "holds no latents of this",
     }
     for flags, message in cases.items():
         refused(capsys, message, *DEMO, "--ref", "in.mp4", *shlex.split(flags))
@@ -1646,21 +1641,18 @@ def test_notices(capsys):
         assert capsys.readouterr().out.splitlines() == expected, flags
 
 
-def test_provenance_and_comparison(capsys, monkeypatch):
+def test_provenance(capsys, monkeypatch):
     write_clip("in.mp4")
-    code, text, err = run_main(capsys, *DEMO, "--ref", Path("in.mp4").absolute(), "--compare", "c.mp4",
+    code, text, err = run_main(capsys, *DEMO, "--ref", Path("in.mp4").absolute(),
                                *"--fps 8 --lambda-window 0.25 --seed 5".split())  # fmt: skip
-    assert code == 0 and not err and sorted(os.listdir()) == ["c.mp4", "in.mp4", "out.mp4"]
-    assert "wrote out.mp4 and c.mp4\n" in text
-    for name in ("out.mp4", "c.mp4"):
-        record = metadata_of(name)
-        known = dict(prompt="a red fox", seed=5, model="tiny", steps=2, fps=8.0, ref="in.mp4", lambda_window=0.25,
-                     span=5, lr=[0.003, 0.002], block=3, window=3, ref_noise=0.0, shift=7.0, ai_generated=True,
-                     torch=torch.__version__)  # fmt: skip
-        assert {name: record[name] for name in known} == known
-        assert set(MotionConfig().__dict__) < set(record) and os.getcwd() not in json.dumps(record)
-        assert record["vae_tiles"] is False
-    assert "768x256" in ffmpeg("-i", "c.mp4") and "8 fps" in ffmpeg("-i", "c.mp4")
+    assert code == 0 and not err and sorted(os.listdir()) == ["in.mp4", "out.mp4"] and "wrote out.mp4\n" in text
+    record = metadata_of("out.mp4")
+    known = dict(prompt="a red fox", seed=5, model="tiny", steps=2, fps=8.0, ref="in.mp4", lambda_window=0.25, span=5,
+                 lr=[0.003, 0.002], block=3, window=3, ref_noise=0.0, shift=7.0, ai_generated=True, vae_tiles=False,
+                 torch=torch.__version__)  # fmt: skip
+    assert {name: record[name] for name in known} == known
+    assert set(MotionConfig().__dict__) < set(record) and os.getcwd() not in json.dumps(record)
+    assert "8 fps" in ffmpeg("-i", "out.mp4")
     tiled, full = VAE.tiled, failing(OUT_OF_MEMORY[0])  # the fall back to tiles changes the result
     monkeypatch.setattr(VAE, "tiled", lambda *args: tiled(*args) if args[4] else full())
     assert run_main(capsys, *DEMO)[0] == 0 and metadata_of("out.mp4")["vae_tiles"] is True
