@@ -192,6 +192,7 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     for extra, message in (
         (["--prompt", "a fox"], "does not know fox; it knows coarse"),
         (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
+        (["--size", "48x66", "--prompt", "red"], "leave out --size"),
         (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
         (["--offload", "--prompt", "red"], "neither --offload nor --random-weights"),
     ):
@@ -377,11 +378,16 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fastvmt, "sample", spy)
     tiled = wan_min.VAE.tiled
     monkeypatch.setattr(wan_min.VAE, "tiled", lambda *args: tiled(*args) if args[4] else pytest.fail("not in tiles"))
+    pictures, flows, compare, read = [], [], effect.compare_video, metrics.read_motion
+    monkeypatch.setattr(effect, "compare_video", lambda clips, x: pictures.append(x) or compare(clips, x))
+    monkeypatch.setattr(metrics, "read_motion", lambda *a: [out := read(*a), flows.append(out[0])][0])
     rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5,cfg_scale=1",
             "steps=2, negative_prompt=blurred"]  # fmt: skip
     args = "--strength 0.9 --seed 3 --checkpoint on --vae-tiles --keep-videos --negative-prompt".split()
     assert run_table(capsys, *TABLE, "--out", tmp_path, *args, "", "--rows", *rows)[0] == 0
     assert len(list(tmp_path.glob("*.mp4"))) == 6
+    shown_flows = [flows[0], *flows[1::2]]  # the reference's, then each row's, which is read twice
+    assert len(pictures[0]) == 6 and all(a.equal(b[:2]) for a, b in zip(pictures[0], shown_flows))  # of offset 1
     (shown,) = tmp_path.glob("compare-*.mp4")  # reference and five rows, each pixel eight times as large
     assert fastvmt.read_video(shown, 9, (554, 6 * 384)).shape == (1, 3, 9, 554, 6 * 384)
     (_, contexts, full), (_, _, first), (plain, _, none), (start, _, last), (short, others, _) = seen[1:]  # warmed up
@@ -392,10 +398,31 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
     prompt, empty = contexts
     assert full["null"].equal(empty) and not prompt.equal(empty)
     assert others[0].equal(prompt) and not others[1].equal(prompt) and not others[1].equal(empty)
+    losses = changes.directions
+    assert (
+        table1.main([*TABLE, "--out", str(tmp_path / "directions"), *args, "", "--rows", "tau=2"], losses=losses) == 0
+    )
+    assert seen[-1][2]["losses"] is losses
     for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block 9"), ("seed=1", "seed"),
                       ("tau=x", "tau"), ("compile", "compile")):  # fmt: skip
         code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
         assert code == 2 and word in err and err.count("\n") == 1 and "goes on" not in err, err
+
+
+def test_random_weights_are_no_checkpoints(monkeypatch):
+    monkeypatch.setattr(wan_min, "find_checkpoint", None)
+    for flags in ("--random-weights", "--dry-run"):
+        assert table1.parse_arguments(["--model", "14B", "--device", "cpu", flags])[1].blocks == 40
+
+
+def test_velocities_of_both_results_are_reused(monkeypatch):
+    _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
+    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3)
+    asked = []
+    monkeypatch.setattr(fastvmt, "reuse_velocities", lambda *found: asked.append(found) or found[0])
+    monkeypatch.setattr(fastvmt, "sample", lambda dit, noise, *a, **options: noise)
+    effect.generate(None, 5, "pan", args, config)
+    assert asked == [(fastvmt.euler_step, 3, 3)] * 2
 
 
 def test_the_table_reads_its_clips_as_told(tmp_path):
@@ -733,7 +760,16 @@ def test_changes_do_what_they_say():
     true = fastvmt.motion_features(Heads(), x, 0.5, None, config)
     for a, b in zip(changes.three_best(Heads(), x, 0.5, None, config), true):
         assert a.shape == b.shape
-    close(changes.three_best(Heads(), x, 0.5, None, config)[0][inner], true[0][inner], 0.1)
+    flow, key_mean = changes.three_best(Heads(), x, 0.5, None, config)
+    close(flow[inner], true[0][inner], 0.1)
+    K = 0.75 * moving_texture(4, (6, 8), (0, 1), scale=6.0)  # the heads' mean
+    for p, (i, j) in enumerate(fastvmt.list_pairs(4, 2)):
+        for n, query in enumerate(fastvmt.tile_queries(K, (2, 2))[i]):
+            scores = (K[j] @ query).flatten().tolist()
+            best = sorted(range(48), key=lambda token: -scores[token])[:3]
+            top = min(max(round(sum(token // 8 for token in best) / 3) - 2, 0), 1)
+            left = min(max(round(sum(token % 8 for token in best) / 3) - 2, 0), 3)
+            close(key_mean[p, n], K[j, top : top + 5, left : left + 5].mean((0, 1)), 1e-5)
     flow, key_mean = changes.per_head(Heads(), x, 0.5, None, config)
     texture = moving_texture(4, (6, 8), (0, 1), scale=6.0)
     for head, loudness in enumerate((1, 0.5)):
