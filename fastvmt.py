@@ -26,7 +26,7 @@ from functools import partial
 
 import torch
 from einops import einsum, rearrange, repeat
-from torch.nn import functional
+from torch.nn.functional import avg_pool2d, embedding, pad
 from torch.utils.checkpoint import checkpoint as recompute
 
 
@@ -35,7 +35,7 @@ class UserError(ValueError):
 
 
 def check_limits(values, **limits):
-    """UserError unless each named value, or each in it, has high's type and is from low to high, or is another one."""
+    """UserError unless each named value, or each in it, is from low to high and of their type, or one of the others."""
     for name, (low, high, *others) in limits.items():
         value = values[name]
         for x in value if isinstance(value, (tuple, list)) else [value]:
@@ -98,7 +98,7 @@ def tile_tokens(x, tile):
     """Tokens by tile, row-major, edge tiles padded with zeros: (F, H, W, C) -> (F, N, T, C)."""
     _, H, W, _ = x.shape
     th, tw = tile
-    x = functional.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
+    x = pad(x, (0, 0, 0, -W % tw, 0, -H % th))
     return rearrange(x, "f (a th) (b tw) c -> f (a b) (th tw) c", th=th, tw=tw)
 
 
@@ -147,8 +147,8 @@ def window_means(K, corners, targets, size):
     rows, cols = row_column(corners, K.shape[2]).unbind(-1)  # (P, N) each
     K = rearrange(K, "f h w d -> f d h w")
     # Two box filters, for every possible window, are cheaper than the P·N means one by one.
-    means = functional.avg_pool2d(K, (size[0], 1), stride=1)  # (F, D, H−l+1, W)
-    means = functional.avg_pool2d(means, (1, size[1]), stride=1)  # (F, D, H−l+1, W−l+1)
+    means = avg_pool2d(K, (size[0], 1), stride=1)  # (F, D, H−l+1, W)
+    means = avg_pool2d(means, (1, size[1]), stride=1)  # (F, D, H−l+1, W−l+1)
     return rearrange(means, "f d h w -> f h w d")[targets[:, None], rows, cols]
 
 
@@ -156,7 +156,7 @@ def window_attention(queries, K, anchors, targets, windows, tau):
     """Attention of queries (F, N, T, D) of frames i (P,) over windows (P, N, M) of K (F, H, W, D): (P, N, M, T)."""
     _, H, W, D = K.shape
     # embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
-    keys = functional.embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
+    keys = embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
     # m before t, so that the gradient of the keys comes out in their own memory order.
     logits = einsum(keys, queries[anchors], "p n m d, p n t d -> p n m t")
     return (logits * (tau / D**0.5)).softmax(-2)
@@ -182,9 +182,9 @@ def frame_flow(Q, K, anchors, targets, tau):
 def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**21):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
-    Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), pairs in the order
-    of frame_pairs, fp32 or better, also under autocast. window=None: the full-frame AMF of DiTFlow. No gradient flows
-    through the choice of window. max_logits bounds what is held at once. Raises ValueError.
+    Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), in frame_pairs'
+    order, fp32 or better, also under autocast. window=None: the full-frame AMF of DiTFlow. No gradient flows through
+    the choice of window. max_logits bounds what is held at once. Raises ValueError.
     """
     num_frames, H, W, _ = Q.shape
     if K.shape != Q.shape or num_frames < 2:
@@ -243,7 +243,7 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
     offsets = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])  # (F−d, N, D) each
     loss = key_mean.new_zeros(())
     for anchor in range(num_frames):
-        path = [keys[anchor] for keys in offsets[: span - 1] if anchor < len(keys)]  # K̄_{i→i+1}, …
+        path = [keys[anchor] for keys in offsets[: span - 1] if anchor < len(keys)]  # (N, D) each
         if len(path) > 1:
             change = torch.stack(path).diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
             norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (targets−1, N)
@@ -264,10 +264,8 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
     objective: x -> scalar, called ⌈steps/interval⌉ times. lr: first and last, linear in between. Returns a new x, fp32
-    or better: bf16 never moves a third of it.
+    or better: bf16 never moves a third of it. Not for torch.inference_mode.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
     for step in range(steps):
@@ -314,7 +312,7 @@ def guided_steps(num_steps, config):
 
 
 def guide(x, sigma, reference, read, losses, config, num_frames):
-    """Algorithm 1's Optimization: x, moved towards the reference's reading, and its losses (gradients, scalars)."""
+    """Algorithm 1's Optimization: x, moved towards the reference's reading, and losses (gradients, scalars)."""
     history = []
 
     def objective(x):
@@ -399,10 +397,8 @@ logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns when a video c
 
 def open_video(path, options, filters):
     """A video's description, and its frames as RGBA bytes."""
-    demo = path == "demo"
-    source = DEMO if demo else os.path.abspath(path)  # else a name may be read as a URL
+    source = DEMO if path == "demo" else os.path.abspath(path)  # else a name may be read as a URL
     inputs = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
-    inputs += ["-f", "lavfi"] if demo else []
     outputs = ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", ",".join(["scale=iw*sar:ih", *filter(None, filters)])]
     try:
         frames = read_frames(source, "rgba", 4, inputs, outputs)
@@ -416,7 +412,8 @@ def open_video(path, options, filters):
 def decode_frames(path, size, fps, start, turn):
     """A video's frames, covering the size: generator of RGBA (H, W, 4)."""
     seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
-    options = ["-ss", f"{seek:f}"] if seek else []
+    options = ["-f", "lavfi"] if path == "demo" else []
+    options += ["-ss", f"{seek:f}"] if seek else []
     about, _ = open_video(path, options, [])
     width, height = about["size"]
     rows, cols = size[::-1] if turn and height > width else size
@@ -462,13 +459,15 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     path: a video, a folder of pictures in natural order, or "demo". size is covered, and turned for a portrait
     reference if `turn`. Raises UserError, also for under 5 frames.
     """
-    video = path == "demo" or os.path.isfile(path)
-    if not video and not os.path.isdir(path):
+    if path == "demo" or os.path.isfile(path):
+        frames = decode_frames(path, size, fps, start, turn)
+    elif os.path.isdir(path):
+        frames = read_pictures(path, size, fps, start, turn)
+    else:
         raise UserError(f"cannot read the reference {path} (not a file or a folder)")
-    read = decode_frames if video else read_pictures
-    frames = list(islice(read(path, size, fps, start, turn), num_frames))
+    frames = list(islice(frames, num_frames))
     if len(frames) < 5:
-        raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s at --fps {fps:g}, not 5 or more")
+        raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s at --fps {fps:g}, fewer than 5")
     frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1]))
     color, alpha = rearrange(frames, "t h w c -> 1 c t h w").split([3, 1], dim=1)
     return (color / 127.5 - 1) * (alpha / 255)  # on mid grey
@@ -485,13 +484,11 @@ def write_video(path, video, fps, comment=""):
         raise UserError(f"cannot write {path} (the video is not finite)")
     frames = rearrange(video[0], "c t h w -> t h w c")
     frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy() for frame in frames]
-    tags = "setparams=color_primaries=bt709:color_trc=bt709"
-    options = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},{tags}", "-crf", "17"]
-    options += ["-movflags", "+faststart", "-metadata", f"comment={comment}"]
+    color = f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},setparams=color_primaries=bt709:color_trc=bt709"
+    options = ["-vf", color, "-crf", "17", "-movflags", "+faststart", "-metadata", f"comment={comment}"]
     part = partial_path(path)
     try:
-        imageio.imwrite(part, frames, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1,
-                        output_params=options)  # fmt: skip
+        imageio.imwrite(part, frames, plugin="FFMPEG", fps=fps, macro_block_size=1, output_params=options)
         count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
         part.replace(os.path.realpath(path))
     except (OSError, RuntimeError) as error:
@@ -503,10 +500,10 @@ def write_video(path, video, fps, comment=""):
 # ---- Command line ----
 
 PRESETS = {
-    "paper": {"ref_noise": "match", "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
+    "paper": dict(ref_noise="match", vae_tiles=True),  # Sec. 4.1, where Sec. 3.2 differs
     # The authors' example. Its L_AMF sums over the 1560 tokens of 480x832, so the window loss weighs 1/1560.
-    "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "alpha": 1 / 7, "lambda_window": 1 / 1560,
-                "lr": (0.003, 0.0021), "fps": 15.0, "vae_tiles": True},
+    "release": dict(ref_noise="match", strength=0.75, span=3, alpha=1 / 7, lambda_window=1 / 1560, lr=(0.003, 0.0021),
+                    fps=15.0, vae_tiles=True),
 }  # fmt: skip
 
 
@@ -523,45 +520,50 @@ def number_or_word(text):
 
 
 def build_parser():
+    parser = argparse.ArgumentParser("fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = "Give a video of the prompt the motion of a reference video."
+
     def error(message):
         raise UserError(message)
 
-    parser = argparse.ArgumentParser("fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.description = "Give a video of the prompt the motion of a reference video."
+    def add(name, default, text, **options):
+        if default is False:
+            options.setdefault("action", "store_true")
+        elif isinstance(default, (int, float, tuple)):
+            options["type"] = number_or_word
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
+        parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
+
     parser.error = error
-    add = parser.add_argument
-    add("--ref", help="reference: a video, a folder of pictures, or 'demo'")
-    add("--prompt", help="what the new video shows")
-    add("--negative-prompt", default="", help="what to avoid; else the model's own")
-    add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
-    add("--decode", type=Path, help="latents that a stopped run kept; its flags finish it")
-    add("--model", default="1.3B", help="1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
-    add("--preset", choices=PRESETS, help="settings of the paper or of its release")
-    add("--size", type=HxW, help="rows x columns, in 16s; else the model's own, turned as the reference")
-    add("--frames", type=int, default=81, help="at most, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", type=float, help="of reference and result; else the model's own")
-    add("--start", type=float, default=0.0, help="seconds into the reference")
-    add("--seed", type=int, default=0, help="of the initial noise, the same on every device")
-    add("--no-transfer", action="store_true", help="generate plainly, from pure noise")
+    add("--ref", None, "reference: a video, a folder of pictures, or 'demo'")
+    add("--prompt", None, "what the new video shows")
+    add("--negative-prompt", "", "what to avoid; else the model's own")
+    add("--out", Path("out.mp4"), "mp4 to write", type=Path)
+    add("--decode", None, "latents that a stopped run kept; its flags finish it", type=Path)
+    add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
+    add("--preset", None, "settings of the paper or of its release", choices=PRESETS)
+    add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
+    add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
+    add("--fps", None, "of reference and result; else the model's own", type=float)
+    add("--start", 0.0, "seconds into the reference")
+    add("--seed", 0, "of the initial noise, the same on every device")
+    add("--no-transfer", False, "generate plainly, from pure noise")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add("--device", default=device, help="torch device")
-    add("--dtype", choices=["bf16", "fp32"], help="of the DiT; else bf16 on a GPU, fp32 on CPU")
-    add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
-    add("--offload", action="store_true", help="stream the weights from host memory")
-    add("--vae-tiles", action=argparse.BooleanOptionalAction, default=False, help="for the VAE, of 30x52 latents")
-    add("--compile", action="store_true", help="torch.compile the DiT's blocks")
-    add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
-    add("--shift", type=float, default=7.0, help="timestep shift (authors' code)")
-    add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", type=int, default=1, help="steps after the guided ones that share one velocity")
-    add("--strength", type=float, default=1.0, help="below 1: start from the noised reference")
+    add("--device", device, "torch device")
+    add("--dtype", None, "of the DiT; else bf16 on a GPU, fp32 on CPU", choices=["bf16", "fp32"])
+    add("--checkpoint", "auto", "recompute blocks in the backward pass", choices=["auto", "on", "off"])
+    add("--offload", False, "stream the weights from host memory")
+    add("--vae-tiles", False, "for the VAE, of 30x52 latents", action=argparse.BooleanOptionalAction)
+    add("--compile", False, "torch.compile the DiT's blocks; not with --offload")
+    add("--steps", 50, "denoising steps (Sec. 4.1)")
+    add("--shift", 7.0, "timestep shift (authors' code)")
+    add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
+    add("--velocity-interval", 1, "steps after the guided ones that share one velocity")
+    add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     for f in fields(MotionConfig):
-        options = {"action": "store_true"} if f.default is False else {"type": number_or_word}
-        if isinstance(f.default, tuple):
-            options["nargs"] = len(f.default) or "*"
-        text = texts.get(f.name, "").replace("%", "%%")
-        add("--" + f.name.replace("_", "-"), default=f.default, help=text, **options)
+        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
     return parser
 
 
@@ -706,8 +708,8 @@ def run(args, config, model, **seams):
         partial_path(kept).replace(kept)  # a file that is there is whole
         print(f"latents kept in {kept}; if decoding fails, the same flags and --decode {kept} finish it")
     result = codec.decode(latents, progress=progress)
-    record = vars(args) | {"program": "FastVMT (fastvmt.py)", "torch": torch.__version__, "vae_tiles": codec.vae_tiles,
-                           "ref": os.path.basename(args.ref), "ai_generated": True}  # fmt: skip
+    record = vars(args) | dict(program="FastVMT", torch=torch.__version__, vae_tiles=codec.vae_tiles, ai_generated=True)
+    record["ref"] = os.path.basename(args.ref)
     write_video(args.out, result, fps, json.dumps(record, default=os.path.basename))
     kept.unlink()
     print(f"wrote {args.out}")

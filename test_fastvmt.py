@@ -419,8 +419,6 @@ def test_bad_arguments_of_the_method(dit):
                           (two, dict(reference=two))):  # fmt: skip
         with pytest.raises(ValueError, match="reference.*noise's shape, a single clip, .*null"):
             sample(dit, noise, **change)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
-        fastvmt.optimize_latent(randn(5), lambda x: x.sum())
     nan = math.nan
     refused = dict(
         block=[0], tile=[(0, 4), (3, 0)], window=[0, 2.5], span=[0], interval=[0], inner_steps=[0], center=["middle"],
