@@ -49,20 +49,20 @@ def check_limits(values, **limits):
 class MotionConfig:
     """The method's numbers, each also a flag; the defaults are the paper's, or one of two that it names."""
 
-    block: int = 15  # DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)
+    block: int = 15  # DiT block, counted from 1, whose Q and K are read (Sec. 4.1)
     tile: tuple = (3, 4)  # rows and columns of a tile, in tokens (App. B.1)
     window: int | None = 21  # side l of the search window in tokens; 'none': the whole frame (eq. 3, App. B.1)
     span: int = 5  # temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)
-    tau: float = 1.0  # temperature τ that multiplies the attention logits (eq. 1, App. B.1)
+    tau: float = 1.0  # temperature τ, which multiplies the logits (eq. 1, App. B.1)
     center: str = "soft"  # window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)
     alpha: float = 0.2  # decay α of the pair weights with frame distance (eq. 6)
     lambda_amf: float = 5.0  # weight of the AMF loss (eq. 8)
-    lambda_window: float = 1.0  # weight of the corresponding-window loss (eq. 8)
-    squared: bool = False  # square the window loss's norm as in eq. 7, not as in App. B.4
+    lambda_window: float = 1.0  # weight of the window loss (eq. 8)
+    squared: bool = False  # square the window loss's norm (eq. 7, not App. B.4)
     guided_fraction: float = 0.2  # first part of the denoising steps that is guided (Sec. 4.1)
     inner_steps: int = 10  # optimizer steps J in a guided step (Sec. 4.1)
-    interval: int = 3  # compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)
-    lr: tuple = (0.003, 0.002)  # first and last learning rate of the inner steps, linear (Sec. 4.1)
+    interval: int = 3  # compute the gradient every Δ-th inner step, reuse it then (eq. 9, App. B.1)
+    lr: tuple = (0.003, 0.002)  # first and last learning rate, linear (Sec. 4.1)
     ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
 
     def __post_init__(self):
@@ -84,7 +84,7 @@ def head_average(x, grid):
 
 
 def frame_pairs(num_frames, span, device=None):
-    """Anchors i and targets j, long (P,), of all 1 ≤ j−i ≤ span, by offset (eqs. 3, 5; at i = j nothing moves)."""
+    """Pairs 1 ≤ j−i ≤ span, by offset (eqs. 3, 5; at i = j nothing moves): anchors i, targets j, both long (P,)."""
     pairs = [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
     return torch.tensor(pairs, device=device).unbind(1)
 
@@ -111,7 +111,7 @@ def untile_tokens(x, tile, grid):
 
 
 def tile_queries(Q, tile):
-    """Each tile's representative, at its row th//2, column tw//2, clamped to the grid: (F, H, W, D) -> (F, N, D)."""
+    """Each tile's query at row th//2, column tw//2, clamped to the grid: (F, H, W, D) -> (F, N, D)."""
     _, H, W, _ = Q.shape
     th, tw = tile
     rows = (torch.arange(0, H, th, device=Q.device) + th // 2).clamp(max=H - 1)
@@ -155,9 +155,9 @@ def window_means(K, corners, targets, size):
 def window_attention(queries, K, anchors, targets, windows, tau):
     """Attention of queries (F, N, T, D) of frames i (P,) over windows (P, N, M) of K (F, H, W, D): (P, N, M, T)."""
     _, H, W, D = K.shape
-    # embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
+    # embedding, unlike indexing, scatters the many repeated gradients back fast.
     keys = embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
-    # m before t, so that the gradient of the keys comes out in their own memory order.
+    # m before t: the gradient of the keys comes out in their own memory order.
     logits = einsum(keys, queries[anchors], "p n m d, p n t d -> p n m t")
     return (logits * (tau / D**0.5)).softmax(-2)
 
@@ -165,7 +165,7 @@ def window_attention(queries, K, anchors, targets, windows, tau):
 def window_flow(queries, K, anchors, targets, windows, tokens, tau):
     """Flow Δ_ij (P, N, T, 2): the mean position under window_attention minus the token's own, tokens (N, T, 2)."""
     attention = window_attention(queries, K, anchors, targets, windows, tau)  # (P, N, M, T)
-    # Positions are absolute: window-relative ones would lose the motion of the window itself.
+    # Absolute positions: window-relative ones would lose the motion of the window itself.
     positions = row_column(windows, K.shape[2]).to(attention.dtype)  # (P, N, M, 2)
     return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens
 
@@ -194,7 +194,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))  # bf16 loses sub-token accuracy
     size = (H, W) if window is None else (min(window, H), min(window, W))
     anchors, targets = frame_pairs(num_frames, span, Q.device)  # (P,) each
-    chunk = max(1, max_logits // (H * W * math.prod(size)))  # a pair has a logit for each token and window token
+    chunk = max(1, max_logits // (H * W * math.prod(size)))  # pairs; each has a logit per token and window token
     pairs = list(zip(anchors.split(chunk), targets.split(chunk)))  # of (chunk,)
     autocast = torch.amp.is_autocast_available(Q.device.type)
     with torch.autocast(Q.device.type, enabled=False) if autocast else nullcontext():
@@ -236,7 +236,7 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
-    """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7); 0 below span 3.
+    """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7).
 
     An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
     """
@@ -267,7 +267,7 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     or better: bf16 never moves a third of it. Not for torch.inference_mode.
     """
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
+    optimizer = torch.optim.AdamW([x])  # with the default weight decay, 0.01: the paper names none
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
         if step % interval == 0:
@@ -282,7 +282,7 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
 
 
 def match_noise(latents, noise, sigma):
-    """Clean latents at noise level sigma of flow matching (Algorithm 1's MatchNoise)."""
+    """Clean latents at noise level sigma (Algorithm 1's MatchNoise)."""
     return (1 - sigma) * latents + sigma * noise
 
 
@@ -380,8 +380,8 @@ import sys
 from itertools import count, islice
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
+from imageio.v3 import imwrite
 from imageio_ffmpeg import count_frames_and_secs, read_frames
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
@@ -404,7 +404,7 @@ def open_video(path, options, filters):
         frames = read_frames(source, "rgba", 4, inputs, outputs)
         return next(frames), frames
     except OSError as error:
-        # The first line of ffmpeg's log that names a cause.
+        # The first line of the log that names a cause.
         cause = re.search(r"(?m)^(?:\[.*\] )?(?!Input)(\S.*(?:rror|nvalid|no streams|No such).*)|\Z", str(error))[1]
         raise UserError(f"cannot read the reference {path} ({cause or 'no frame can be decoded'})") from None
 
@@ -488,7 +488,7 @@ def write_video(path, video, fps, comment=""):
     options = ["-vf", color, "-crf", "17", "-movflags", "+faststart", "-metadata", f"comment={comment}"]
     part = partial_path(path)
     try:
-        imageio.imwrite(part, frames, plugin="FFMPEG", fps=fps, macro_block_size=1, output_params=options)
+        imwrite(part, frames, plugin="FFMPEG", fps=fps, macro_block_size=1, output_params=options)
         count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
         part.replace(os.path.realpath(path))
     except (OSError, RuntimeError) as error:
@@ -501,7 +501,7 @@ def write_video(path, video, fps, comment=""):
 
 PRESETS = {
     "paper": dict(ref_noise="match", vae_tiles=True),  # Sec. 4.1, where Sec. 3.2 differs
-    # The authors' example. Its L_AMF sums over the 1560 tokens of 480x832, so the window loss weighs 1/1560.
+    # The authors' example, whose L_AMF sums over the 1560 tokens of 480x832.
     "release": dict(ref_noise="match", strength=0.75, span=3, alpha=1 / 7, lambda_window=1 / 1560, lr=(0.003, 0.0021),
                     fps=15.0, vae_tiles=True),
 }  # fmt: skip
@@ -602,35 +602,35 @@ def canvas(args, model):
 
 
 def check_arguments(args, kept):
-    """UserError or OSError for what is wrong before anything is read or loaded."""
+    """UserError or OSError for what is wrong before anything is loaded."""
     if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
-        raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
+        raise UserError("--ref or --prompt is missing, or the prompt is empty or over 10,000 characters")
     if args.compile and args.offload:
         raise UserError("--compile and --offload exclude each other")
     if args.out.suffix.lower() != ".mp4" or os.path.realpath(args.ref) == os.path.realpath(args.out):
-        raise UserError("--out must be a file name that ends in .mp4, and not the reference")
+        raise UserError("--out must end in .mp4, and not be the reference")
     for path in (kept, args.out):
         partial_path(path).touch()  # OSError where it cannot be written
         partial_path(path).unlink()
         if path.is_dir():
             raise UserError(f"{path} is a folder")
     if kept.exists() and not args.decode:
-        raise UserError(f"{kept} is what a stopped run kept: --decode it, move it or delete it")
+        raise UserError(f"{kept} is what a stopped run kept: --decode, move or delete it")
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
 
 def reuse_velocities(step, guided, interval):
     """Wrap a step: after the guided ones only every interval-th computes velocities, the others reuse them."""
-    numbers, last = count(), None
+    fresh = (number < guided or (number - guided) % interval == 0 for number in count())
+    last = None
 
     def reusing(velocity, x, sigma, next_sigma):
-        number = next(numbers)
+        computed = next(fresh)
 
         def kept(x, sigma):
             nonlocal last
-            if number < guided or (number - guided) % interval == 0:
-                last = velocity(x, sigma)
+            last = velocity(x, sigma) if computed else last
             return last
 
         return step(kept, x, sigma, next_sigma)
@@ -639,7 +639,7 @@ def reuse_velocities(step, guided, interval):
 
 
 def generate(args, config, dit, noise, contexts, reference, step=euler_step, **seams):
-    """Latents guided by the reference, if there is one; seams: features and losses of `sample`."""
+    """Latents, guided if there is a reference; seams: features and losses of `sample`."""
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
     guided = guided_steps(args.steps, config)
     if guided and reference is not None:
@@ -669,7 +669,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
 
 @torch.no_grad()
 def run(args, config, model, **seams):
-    """Check, read, encode, sample, decode, write; seams: features, losses and step of `sample`."""
+    """From reference to written video; seams: features, losses and step of `sample`."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
     size, turn = canvas(args, model)
@@ -729,7 +729,7 @@ def explain(error):
 
 
 def main(argv=None, **seams):
-    """The command line, with `sample`'s seams; returns the exit code."""
+    """The command line; seams as of `run`. Returns the exit code."""
     try:
         run(*parse_arguments(argv), **seams)
         return 0

@@ -1497,7 +1497,7 @@ def test_user_errors(capsys, monkeypatch):
         "--ref-noise 2": "ref_noise 2 is no float from 0.0 to 1.0 or 'match'",
         "--out missing/o.mp4": "missing",
         "--out o.avi": ".mp4",
-        "--out in.mp4": "not the reference",
+        "--out in.mp4": "not be the reference",
         f"--out {'a' * 250}.mp4": "name too long",
         "--out out/p.mp4": "is a folder",
         "--out out/q.mp4": "q.latents.safetensors is a folder",
