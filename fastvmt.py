@@ -1,77 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
 """FastVMT: training-free video motion transfer on Wan 2.1, in one file.
 
-Paper: "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv 2602.05551v2), whose equation, section and
-appendix numbers stand below. Its Algorithm 1, top down:
+Equations, sections and appendices are those of "FastVMT: Eliminating Redundancy in Video Motion Transfer" (arXiv
+2602.05551v2). Its Algorithm 1, top down:
 
     sample: for each σ of the schedule
         in the first fifth of the steps, guide:
-            reference = features(the reference's latents, empty prompt), once or, matched, at each σ
-            x = optimize_latent(x, losses(reference, features(x, prompt))), AdamW with gradients reused
+            reference = features(reference latents, empty prompt), once or, matched, at each σ
+            x = optimize_latent(x, losses(reference, features(x, prompt)))
         x = step(velocity, x, σ, next σ)
     features = motion_features: Q and K of one DiT block → head_average → attention_motion_flow:
         frame_pairs, tile_queries → window_centers → window_indices → window_flow, window_means
     losses = motion_losses: 5·amf_loss + 1·window_loss
     step = euler_step
 
-To change it, hand `sample` other features, losses or step (lab/changes.py). The method needs torch and einops only; the
-run stands below it. Shapes in comments: F latent frames, H×W tokens a frame, S = H·W, D head size, P frame pairs, N
-tiles (eq. 7's P), T tokens a tile, M tokens a window. Positions are (row, column) in tokens.
+To change it, hand `sample` other features, losses or step (lab/changes.py). The run stands below the method. Shapes:
+F latent frames, H×W tokens a frame, S = H·W, D head size, P frame pairs, N tiles (eq. 7's P), T tokens a tile, M tokens
+a window. Positions are (row, column) in tokens.
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
 from einops import einsum, rearrange, repeat
-from torch.nn import functional
+from torch.nn.functional import avg_pool2d, embedding, pad
 from torch.utils.checkpoint import checkpoint as recompute
 
 
 class UserError(ValueError):
-    """Something that the user can fix; the message is one line."""
+    """Something that the user can fix, in one line."""
 
 
 def check_limits(values, **limits):
-    """UserError unless each named value, or each number in it, is from low to high; None is."""
-    for name, (low, high) in limits.items():
+    """UserError unless each named value, or each in it, is from low to high and of their type, or one of the others."""
+    for name, (low, high, *others) in limits.items():
         value = values[name]
-        for number in value if isinstance(value, (tuple, list)) else [value]:
-            if number is not None and not low <= number <= high:  # NaN is within none
-                raise UserError(f"{name} {number} is not between {low} and {high}")
+        for x in value if isinstance(value, (tuple, list)) else [value]:
+            within = isinstance(x, (int, type(high))) and low <= x <= high  # NaN is within none
+            if not within and x not in others:
+                allowed = " or ".join([f"from {low} to {high}", *map(repr, others)])
+                raise UserError(f"{name} {x!r} is no {type(high).__name__} {allowed}")
 
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """The method's numbers; the defaults are the paper's, or one of two that it names. Each is also a flag."""
+    """The method's numbers, each also a flag; the defaults are the paper's, or one of two that it names."""
 
-    block: int = 15  # DiT block, counted from 1, whose self-attention Q and K are read (Sec. 4.1)
+    block: int = 15  # DiT block, counted from 1, whose Q and K are read (Sec. 4.1)
     tile: tuple = (3, 4)  # rows and columns of a tile, in tokens (App. B.1)
     window: int | None = 21  # side l of the search window in tokens; 'none': the whole frame (eq. 3, App. B.1)
     span: int = 5  # temporal span s_f: largest frame distance of a pair (eq. 3, App. B.1)
-    tau: float = 1.0  # temperature τ that multiplies the attention logits (eq. 1, App. B.1)
+    tau: float = 1.0  # temperature τ, which multiplies the logits (eq. 1, App. B.1)
     center: str = "soft"  # window centre: 'soft' mean position (eq. 2) or 'argmax' (eq. 4)
     alpha: float = 0.2  # decay α of the pair weights with frame distance (eq. 6)
     lambda_amf: float = 5.0  # weight of the AMF loss (eq. 8)
-    lambda_window: float = 1.0  # weight of the corresponding-window loss (eq. 8)
-    squared: bool = False  # square the window loss's norm as in eq. 7, not as in App. B.4
+    lambda_window: float = 1.0  # weight of the window loss (eq. 8)
+    squared: bool = False  # square the window loss's norm (eq. 7, not App. B.4)
     guided_fraction: float = 0.2  # first part of the denoising steps that is guided (Sec. 4.1)
     inner_steps: int = 10  # optimizer steps J in a guided step (Sec. 4.1)
-    interval: int = 3  # compute the gradient every Δ-th inner step, reuse it between (eq. 9, App. B.1)
-    lr: tuple = (0.003, 0.002)  # first and last learning rate of the inner steps, linear (Sec. 4.1)
+    interval: int = 3  # compute the gradient every Δ-th inner step, reuse it then (eq. 9, App. B.1)
+    lr: tuple = (0.003, 0.002)  # first and last learning rate, linear (Sec. 4.1)
     ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
 
     def __post_init__(self):
-        count, number = (1, 10**4), (-1e9, 1e9)
-        check_limits(vars(self), block=count, tile=count, window=count, span=count, inner_steps=count, interval=count,
-                     tau=number, alpha=number, lambda_amf=number, lambda_window=number, guided_fraction=(0, 1),
-                     lr=(0, 1e9))  # fmt: skip
+        count, number, part = (1, 10**4), (-1e9, 1e9), (0.0, 1.0)
+        check_limits(vars(self), block=count, tile=count, window=(*count, None), span=count, inner_steps=count,
+                     interval=count, tau=number, alpha=number, lambda_amf=number, lambda_window=number,
+                     guided_fraction=part, lr=(0.0, 1e9), ref_noise=(*part, "match"))  # fmt: skip
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
-        if self.ref_noise != "match" and not (isinstance(self.ref_noise, (int, float)) and 0 <= self.ref_noise <= 1):
-            raise UserError(f"ref_noise must be a noise level from 0 to 1 or 'match', not {self.ref_noise!r}")
 
 
 # ---- Sliding-window attention motion flow (Sec. 3.2) ----
@@ -83,14 +83,10 @@ def head_average(x, grid):
     return rearrange(x, "(f h w) d -> f h w d", f=grid[0], h=grid[1])
 
 
-def list_pairs(num_frames, span):
-    """Pairs {(i, j): 1 ≤ j−i ≤ span} (eqs. 3, 5, without i = j, where nothing moves), by offset, then by i."""
-    return [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
-
-
 def frame_pairs(num_frames, span, device=None):
-    """list_pairs as tensors: anchors i and targets j, both long (P,)."""
-    return torch.tensor(list_pairs(num_frames, span), device=device).unbind(1)
+    """Pairs 1 ≤ j−i ≤ span, by offset (eqs. 3, 5; at i = j nothing moves): anchors i, targets j, both long (P,)."""
+    pairs = [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
+    return torch.tensor(pairs, device=device).unbind(1)
 
 
 def row_column(index, width):
@@ -99,10 +95,10 @@ def row_column(index, width):
 
 
 def tile_tokens(x, tile):
-    """(F, H, W, C) -> (F, N, T, C): tokens grouped by tile, tiles row-major; edge tiles are padded with zeros."""
+    """Tokens by tile, row-major, edge tiles padded with zeros: (F, H, W, C) -> (F, N, T, C)."""
     _, H, W, _ = x.shape
     th, tw = tile
-    x = functional.pad(x, (0, 0, 0, -W % tw, 0, -H % th))
+    x = pad(x, (0, 0, 0, -W % tw, 0, -H % th))
     return rearrange(x, "f (a th) (b tw) c -> f (a b) (th tw) c", th=th, tw=tw)
 
 
@@ -115,18 +111,18 @@ def untile_tokens(x, tile, grid):
 
 
 def tile_queries(Q, tile):
-    """Each tile's representative, at its row th//2, column tw//2, clamped to the grid: (F, H, W, D) -> (F, N, D)."""
+    """Each tile's query at row th//2, column tw//2, clamped to the grid: (F, H, W, D) -> (F, N, D)."""
     _, H, W, _ = Q.shape
     th, tw = tile
     rows = (torch.arange(0, H, th, device=Q.device) + th // 2).clamp(max=H - 1)
     cols = (torch.arange(0, W, tw, device=Q.device) + tw // 2).clamp(max=W - 1)
-    return rearrange(Q[:, rows][:, :, cols], "f a b d -> f (a b) d")
+    return Q[:, rows][:, :, cols].flatten(1, 2)
 
 
 def window_centers(queries, keys, *, tau=1.0, center="soft"):
-    """Where each tile's window is centred: queries (P, N, D), keys (P, H, W, D) -> long (P, N, 2).
+    """Centres of the tiles' windows: queries (P, N, D), keys (P, H, W, D) -> long (P, N, 2).
 
-    "soft": the mean position under the query's attention (eqs. 1-2), rounded; "argmax": that of its best key (eq. 4).
+    "soft": the mean position under the query's attention (eqs. 1-2); "argmax": that of its best key (eq. 4).
     """
     *_, W, D = keys.shape
     logits = einsum(queries, keys, "p n d, p h w d -> p n h w").flatten(2)  # (P, N, S)
@@ -147,21 +143,21 @@ def window_indices(centers, grid, size):
 
 
 def window_means(K, corners, targets, size):
-    """Mean key K̄ (P, N, D) of windows (App. B.4) with first tokens corners (P, N) in frames targets (P,) of K."""
+    """Mean key K̄ (P, N, D) of windows (App. B.4) whose first tokens are corners (P, N) of frames targets (P,)."""
     rows, cols = row_column(corners, K.shape[2]).unbind(-1)  # (P, N) each
     K = rearrange(K, "f h w d -> f d h w")
-    # The mean of every possible window by two box filters: cheaper than averaging the P·N windows one by one.
-    means = functional.avg_pool2d(K, (size[0], 1), stride=1)  # (F, D, H−l+1, W)
-    means = functional.avg_pool2d(means, (1, size[1]), stride=1)  # (F, D, H−l+1, W−l+1)
+    # Two box filters, for every possible window, are cheaper than the P·N means one by one.
+    means = avg_pool2d(K, (size[0], 1), stride=1)  # (F, D, H−l+1, W)
+    means = avg_pool2d(means, (1, size[1]), stride=1)  # (F, D, H−l+1, W−l+1)
     return rearrange(means, "f d h w -> f h w d")[targets[:, None], rows, cols]
 
 
 def window_attention(queries, K, anchors, targets, windows, tau):
     """Attention of queries (F, N, T, D) of frames i (P,) over windows (P, N, M) of K (F, H, W, D): (P, N, M, T)."""
     _, H, W, D = K.shape
-    # embedding gathers rows and, unlike indexing, scatters their many repeated gradients back fast.
-    keys = functional.embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
-    # m before t, so that the gradient of the keys comes out in their own memory order.
+    # embedding, unlike indexing, scatters the many repeated gradients back fast.
+    keys = embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
+    # m before t: the gradient of the keys comes out in their own memory order.
     logits = einsum(keys, queries[anchors], "p n m d, p n t d -> p n m t")
     return (logits * (tau / D**0.5)).softmax(-2)
 
@@ -169,7 +165,7 @@ def window_attention(queries, K, anchors, targets, windows, tau):
 def window_flow(queries, K, anchors, targets, windows, tokens, tau):
     """Flow Δ_ij (P, N, T, 2): the mean position under window_attention minus the token's own, tokens (N, T, 2)."""
     attention = window_attention(queries, K, anchors, targets, windows, tau)  # (P, N, M, T)
-    # Positions are absolute: window-relative ones would lose the motion of the window itself.
+    # Absolute positions: window-relative ones would lose the motion of the window itself.
     positions = row_column(windows, K.shape[2]).to(attention.dtype)  # (P, N, M, 2)
     return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens
 
@@ -187,18 +183,18 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
     Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), in frame_pairs'
-    order, tiles row-major, fp32 or better, also under autocast. window=None: the full-frame AMF of DiTFlow. No gradient
-    flows through the choice of window. Pairs go in chunks of about max_logits logits. Raises ValueError.
+    order, fp32 or better, also under autocast. window=None: the full-frame AMF of DiTFlow. No gradient flows through
+    the choice of window. max_logits bounds what is held at once. Raises ValueError.
     """
     num_frames, H, W, _ = Q.shape
-    if K.shape != Q.shape or num_frames < 2 or span < 1 or window is not None and window < 1:
-        raise ValueError("Q and K must have one shape and at least two frames, span and window be at least 1")
-    if center not in ("soft", "argmax"):
-        raise ValueError(f"center must be 'soft' or 'argmax', not {center!r}")
+    if K.shape != Q.shape or num_frames < 2:
+        raise ValueError("Q and K must have one shape and at least two frames")
+    if span < 1 or window is not None and window < 1 or center not in ("soft", "argmax"):
+        raise ValueError("span and window must be at least 1, center 'soft' or 'argmax'")
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))  # bf16 loses sub-token accuracy
     size = (H, W) if window is None else (min(window, H), min(window, W))
     anchors, targets = frame_pairs(num_frames, span, Q.device)  # (P,) each
-    chunk = max(1, max_logits // (H * W * math.prod(size)))  # a pair has a logit for each token and window token
+    chunk = max(1, max_logits // (H * W * math.prod(size)))  # pairs; each has a logit per token and window token
     pairs = list(zip(anchors.split(chunk), targets.split(chunk)))  # of (chunk,)
     autocast = torch.amp.is_autocast_available(Q.device.type)
     with torch.autocast(Q.device.type, enabled=False) if autocast else nullcontext():
@@ -227,7 +223,7 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
 def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
     """L_AMF: weighted mean squared distance of two flows (P, H, W, 2), over pairs (eq. 5) and tokens (App. B.1).
 
-    weight (H, W) or (P, H, W), not the paper's: how much each token counts. No gradient flows to the reference.
+    weight (H, W) or (P, H, W), not the paper's: how much each token counts.
     """
     anchors, targets = frame_pairs(num_frames, span, flow_gen.device)  # (P,) each
     distance = (flow_gen - flow_ref.detach()).square().sum(-1)  # (P, H, W)
@@ -240,26 +236,23 @@ def amf_loss(flow_ref, flow_gen, *, num_frames, span=5, alpha=0.2, weight=None):
 
 
 def window_loss(key_mean, *, num_frames, span=5, squared=False):
-    """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7); 0 below span 3.
+    """L_window: how much the mean key (P, N, D) of a tile's windows changes between targets (eq. 7).
 
     An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
     """
-    pairs = list_pairs(num_frames, span)
+    offsets = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])  # (F−d, N, D) each
     loss = key_mean.new_zeros(())
     for anchor in range(num_frames):
-        path = [p for p, (i, j) in enumerate(pairs) if i == anchor and j - i < span]
+        path = [keys[anchor] for keys in offsets[: span - 1] if anchor < len(keys)]  # (N, D) each
         if len(path) > 1:
-            change = key_mean[path].diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
+            change = torch.stack(path).diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
             norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (targets−1, N)
             loss = loss + norm.mean()
     return loss / num_frames
 
 
 def motion_losses(reference, generated, *, num_frames, config):
-    """L_total = λ_AMF·L_AMF + λ_window·L_window (eq. 8) of two readings of motion_features.
-
-    Returns scalars: the total, which is minimised, L_AMF and L_window, which are reported.
-    """
+    """L_total = λ_AMF·L_AMF + λ_window·L_window (eq. 8), L_AMF and L_window of two readings of motion_features."""
     flow_ref, _ = reference
     flow_gen, key_mean = generated
     amf = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha)
@@ -271,16 +264,14 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
     objective: x -> scalar, called ⌈steps/interval⌉ times. lr: first and last, linear in between. Returns a new x, fp32
-    or better: bf16 never moves a third of it. Raises RuntimeError under torch.inference_mode.
+    or better: bf16 never moves a third of it. Not for torch.inference_mode.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_(True)
-    optimizer = torch.optim.AdamW([x])  # its default weight decay, 0.01, is kept: the paper names none
+    optimizer = torch.optim.AdamW([x])  # with the default weight decay, 0.01: the paper names none
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
         if step % interval == 0:
-            # Eq. 9's surrogate loss x·g_cached has the gradient g_cached, so leaving .grad as it is does the same.
+            # Else .grad stays: it is the gradient of eq. 9's surrogate loss x·g_cached.
             with torch.enable_grad():
                 (x.grad,) = torch.autograd.grad(objective(x), x)
         optimizer.step()
@@ -291,12 +282,12 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
 
 
 def match_noise(latents, noise, sigma):
-    """Clean latents at noise level sigma of flow matching (Algorithm 1's MatchNoise)."""
+    """Clean latents at noise level sigma (Algorithm 1's MatchNoise)."""
     return (1 - sigma) * latents + sigma * noise
 
 
 def read_qk(dit, x, sigma, context, block, **options):
-    """Q, K (F, H, W, D) of a block, averaged over heads; x (1, C, F, h, w) is at noise level sigma. See DiT.qk."""
+    """Head-averaged Q, K (F, H, W, D) of a block; x (1, C, F, h, w) is at noise level sigma. options: of DiT.qk."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
     t = torch.full((1,), 1000 * sigma, device=x.device)  # (1,)
     q, k = dit.qk(x, t, context, block, **options)  # (1, F·H·W, heads, D) each
@@ -304,14 +295,14 @@ def read_qk(dit, x, sigma, context, block, **options):
 
 
 def motion_features(dit, x, sigma, context, config, **options):
-    """attention_motion_flow of latents: what motion_losses compares. Arguments as of read_qk."""
+    """attention_motion_flow of latents, which motion_losses compares; arguments as of read_qk."""
     Q, K = read_qk(dit, x, sigma, context, config.block, **options)
     return attention_motion_flow(Q, K, span=config.span, tile=config.tile, window=config.window, tau=config.tau,
                                  center=config.center)  # fmt: skip
 
 
 def euler_step(velocity, x, sigma, next_sigma):
-    """Latents at next_sigma from those at sigma, by Euler's method; velocity(x, sigma) has CFG inside."""
+    """Latents at next_sigma from those at sigma; velocity(x, sigma) has CFG inside."""
     return x + (next_sigma - sigma) * velocity(x, sigma)
 
 
@@ -321,7 +312,7 @@ def guided_steps(num_steps, config):
 
 
 def guide(x, sigma, reference, read, losses, config, num_frames):
-    """Algorithm 1's Optimization: x, moved towards the reference's reading, and the losses (gradients, scalars)."""
+    """Algorithm 1's Optimization: x, moved towards the reference's reading, and losses (gradients, scalars)."""
     history = []
 
     def objective(x):
@@ -342,8 +333,8 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     dit: as wan_min.DiT, callable and with qk and patch_size. noise (1, C, F, h, w); sigmas (steps+1,) down to 0;
     context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean latents or None.
     features, losses, step: called as the defaults; losses returns a tuple of scalars and the first is minimised. A
-    multistep step sees guidance by an x that is not the one it returned, and must then drop its earlier velocities.
-    checkpoint: see DiT.qk. callback(number, x, history) follows each step; history is guide's losses, or None.
+    multistep step that gets another x than it returned must drop its earlier velocities. checkpoint: see DiT.qk.
+    callback(number, x, history) follows each step; history is guide's losses, or None.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference needs the noise's shape, a single clip, and null, the empty prompt")
@@ -386,11 +377,11 @@ import os
 import re
 import shutil
 import sys
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
+from imageio.v3 import imwrite
 from imageio_ffmpeg import count_frames_and_secs, read_frames
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
@@ -405,7 +396,7 @@ logging.getLogger("imageio_ffmpeg").setLevel("ERROR")  # it warns when a video c
 
 
 def open_video(path, options, filters):
-    """imageio's description of a video, and its frames as RGBA bytes."""
+    """A video's description, and its frames as RGBA bytes."""
     source = DEMO if path == "demo" else os.path.abspath(path)  # else a name may be read as a URL
     inputs = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
     outputs = ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", ",".join(["scale=iw*sar:ih", *filter(None, filters)])]
@@ -413,23 +404,23 @@ def open_video(path, options, filters):
         frames = read_frames(source, "rgba", 4, inputs, outputs)
         return next(frames), frames
     except OSError as error:
-        # The first line of ffmpeg's log that names a cause.
+        # The first line of the log that names a cause.
         cause = re.search(r"(?m)^(?:\[.*\] )?(?!Input)(\S.*(?:rror|nvalid|no streams|No such).*)|\Z", str(error))[1]
         raise UserError(f"cannot read the reference {path} ({cause or 'no frame can be decoded'})") from None
 
 
 def decode_frames(path, size, fps, start, turn):
-    """A video's frames, covering the size, a generator of RGBA (H, W, 4), and its own rate."""
-    options = ["-f", "lavfi"] if path == "demo" else []
+    """A video's frames, covering the size: generator of RGBA (H, W, 4)."""
     seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
+    options = ["-f", "lavfi"] if path == "demo" else []
     options += ["-ss", f"{seek:f}"] if seek else []
     about, _ = open_video(path, options, [])
     width, height = about["size"]
-    pixels = about["pix_fmt"]
-    codec = about["codec"][:3]
     rows, cols = size[::-1] if turn and height > width else size
+    codec = about["codec"][:3]
     options += {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])  # those decode alpha
     skipped, phase = divmod(start - seek, 1 / fps)
+    pixels = about["pix_fmt"]
     untagged = re.match(r"yuv(?!.*[( ](bt|smpte))", pixels)
     hdr = re.search("smpte2084|arib-std-b67", pixels)  # PQ, HLG
     filters = [
@@ -444,19 +435,19 @@ def decode_frames(path, size, fps, start, turn):
         f"scale=max({cols}\\,round({rows}*a)):max({rows}\\,round({cols}/a)),format=rgba,crop={cols}:{rows}",
     ]
     _, frames = open_video(path, options, filters)
-    frames = islice(frames, int(skipped), None)
-    return (np.frombuffer(frame, np.uint8).reshape(rows, cols, 4) for frame in frames), about["fps"]
+    for frame in islice(frames, int(skipped), None):
+        yield np.frombuffer(frame, np.uint8).reshape(rows, cols, 4)
 
 
-def read_pictures(path, size, turn, first):
-    """The pictures of a folder from the first on, covering the size: generator of RGBA (H, W, 4)."""
-    names = [name for name in os.listdir(path) if Path(name).suffix.lower() in Image.registered_extensions()]
-    names.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
-    for n, name in enumerate([name for name in names if name[0] != "."][first:]):
+def read_pictures(path, size, fps, start, turn):
+    """The same of a folder's pictures, one a frame."""
+    files = [file for file in Path(path).glob("[!.]*") if file.suffix.lower() in Image.registered_extensions()]
+    files.sort(key=lambda file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)])
+    for n, file in enumerate(files[round(start * fps) :]):
         try:
-            image = ImageOps.exif_transpose(Image.open(Path(path, name)))
+            image = ImageOps.exif_transpose(Image.open(file))
         except OSError as error:
-            raise UserError(f"cannot read the reference {path}/{name} ({error})") from None
+            raise UserError(f"cannot read the reference {file} ({error})") from None
         size = size[::-1] if n == 0 and turn and image.height > image.width else size
         image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # convert() would clip 16 bits
         yield np.array(ImageOps.fit(image.convert("RGBA"), size[::-1]))
@@ -465,19 +456,18 @@ def read_pictures(path, size, turn, first):
 def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     """At most num_frames frames, cut to 4k+1, from `start` seconds, `fps` a second: fp32 (1, 3, T, H, W) in [-1, 1].
 
-    path: a video, a folder of pictures, one a frame in natural order, or "demo". size is covered, and turned for a
-    portrait reference if `turn`. UserError if unreadable or under 5 frames.
+    path: a video, a folder of pictures in natural order, or "demo". size is covered, and turned for a portrait
+    reference if `turn`. Raises UserError, also for under 5 frames.
     """
     if path == "demo" or os.path.isfile(path):
-        frames, rate = decode_frames(path, size, fps, start, turn)
+        frames = decode_frames(path, size, fps, start, turn)
     elif os.path.isdir(path):
-        frames, rate = read_pictures(path, size, turn, round(start * fps)), fps
+        frames = read_pictures(path, size, fps, start, turn)
     else:
         raise UserError(f"cannot read the reference {path} (not a file or a folder)")
     frames = list(islice(frames, num_frames))
     if len(frames) < 5:
-        found = f"{len(frames)} frames from {start:g} s at --fps {fps:g} (own: {rate:g})"
-        raise UserError(f"reference {path} has {found}, not 5 or more")
+        raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s at --fps {fps:g}, fewer than 5")
     frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1]))
     color, alpha = rearrange(frames, "t h w c -> 1 c t h w").split([3, 1], dim=1)
     return (color / 127.5 - 1) * (alpha / 255)  # on mid grey
@@ -489,18 +479,16 @@ def partial_path(path):
 
 
 def write_video(path, video, fps, comment=""):
-    """Write (1, 3, T, H, W) in [-1, 1] as H.264 mp4, under a temporary name until it is complete. Raises UserError."""
-    if not torch.stack(video.aminmax()).isfinite().all():
+    """Write (1, 3, T, H, W) in [-1, 1] as H.264 mp4, the whole or nothing. Raises UserError."""
+    if not video.isfinite().all():
         raise UserError(f"cannot write {path} (the video is not finite)")
     frames = rearrange(video[0], "c t h w -> t h w c")
     frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy() for frame in frames]
-    tags = "setparams=color_primaries=bt709:color_trc=bt709"
-    options = ["-vf", f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},{tags}", "-crf", "17"]
-    options += ["-movflags", "+faststart", "-metadata", f"comment={comment}"]
+    color = f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},setparams=color_primaries=bt709:color_trc=bt709"
+    options = ["-vf", color, "-crf", "17", "-movflags", "+faststart", "-metadata", f"comment={comment}"]
     part = partial_path(path)
     try:
-        imageio.imwrite(part, frames, plugin="FFMPEG", fps=fps, codec="libx264", macro_block_size=1,
-                        output_params=options)  # fmt: skip
+        imwrite(part, frames, plugin="FFMPEG", fps=fps, macro_block_size=1, output_params=options)
         count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
         part.replace(os.path.realpath(path))
     except (OSError, RuntimeError) as error:
@@ -512,81 +500,86 @@ def write_video(path, video, fps, comment=""):
 # ---- Command line ----
 
 PRESETS = {
-    "paper": {"ref_noise": "match", "vae_tiles": True},  # Sec. 4.1, where Sec. 3.2 differs
-    # The authors' example. Its L_AMF sums over the 1560 tokens of 480x832, so the window loss weighs 1/1560.
-    "release": {"ref_noise": "match", "strength": 0.75, "span": 3, "alpha": 1 / 7, "lambda_window": 1 / 1560,
-                "lr": (0.003, 0.0021), "fps": 15.0, "vae_tiles": True},
+    "paper": dict(ref_noise="match", vae_tiles=True),  # Sec. 4.1, where Sec. 3.2 differs
+    # The authors' example, whose L_AMF sums over the 1560 tokens of 480x832.
+    "release": dict(ref_noise="match", strength=0.75, span=3, alpha=1 / 7, lambda_window=1 / 1560, lr=(0.003, 0.0021),
+                    fps=15.0, vae_tiles=True),
 }  # fmt: skip
 
 
 def HxW(text):  # argparse shows these names
     height, width = map(int, text.lower().split("x"))
-    if min(height, width) < 32:
-        raise argparse.ArgumentTypeError(f"{text} has a side below 32")
     return height, width
 
 
-def int_or_none(text):
-    return None if text == "none" else int(text)
-
-
-def level_or_match(text):
-    return text if text == "match" else float(text)
+def number_or_word(text):
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return None if text == "none" else text
 
 
 def build_parser():
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
+    parser = argparse.ArgumentParser("fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = "Give a video of the prompt the motion of a reference video."
 
-    parser = Parser(prog="fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Give a video of the prompt the motion of a reference video.")  # fmt: skip
-    add = parser.add_argument
-    add("--ref", help="reference: a video, a folder of pictures, or 'demo', a made-up clip")
-    add("--prompt", help="what the new video shows")
-    add("--negative-prompt", default="", help="what to steer away from; else the model's own")
-    add("--out", type=Path, default=Path("out.mp4"), help="mp4 to write")
-    add("--decode", type=Path, help="finish a stopped run: its flags, and the latents that it kept; these are deleted")
-    add("--model", default="1.3B", help="1.3B, 14B, a checkpoint folder, a hub repo id, toy, or tiny (random weights)")
-    add("--preset", choices=PRESETS, help="settings of the paper or of its release")
-    add("--size", type=HxW, help="rows x columns, in multiples of 16; else the model's own, turned like the reference")
-    add("--frames", type=int, default=81, help="at most this many, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", type=float, help="of reference and result; else the model's own")
-    add("--start", type=float, default=0.0, help="seconds into the reference")
-    add("--seed", type=int, default=0, help="of the initial noise, the same on every device")
-    add("--no-transfer", action="store_true", help="generate plainly, from pure noise")
+    def error(message):
+        raise UserError(message)
+
+    def add(name, default, text, **options):
+        if default is False:
+            options.setdefault("action", "store_true")
+        elif isinstance(default, (int, float, tuple)):
+            options["type"] = number_or_word
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
+        parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
+
+    parser.error = error
+    add("--ref", None, "reference: a video, a folder of pictures, or 'demo'")
+    add("--prompt", None, "what the new video shows")
+    add("--negative-prompt", "", "what to avoid; else the model's own")
+    add("--out", Path("out.mp4"), "mp4 to write", type=Path)
+    add("--decode", None, "latents that a stopped run kept; its flags finish it", type=Path)
+    add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
+    add("--preset", None, "settings of the paper or of its release", choices=PRESETS)
+    add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
+    add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
+    add("--fps", None, "of reference and result; else the model's own", type=float)
+    add("--start", 0.0, "seconds into the reference")
+    add("--seed", 0, "of the initial noise, the same on every device")
+    add("--no-transfer", False, "generate plainly, from pure noise")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add("--device", default=device, help="torch device")
-    add("--dtype", choices=["bf16", "fp32"], help="of the DiT's matmuls; else bf16 on a GPU, fp32 on CPU")
-    add("--checkpoint", choices=["auto", "on", "off"], default="auto", help="recompute blocks in the backward pass")
-    add("--offload", action="store_true", help="stream the blocks' weights from host memory")
-    add("--vae-tiles", action=argparse.BooleanOptionalAction, default=False, help="for the VAE, of 30x52 latents")
-    add("--compile", action="store_true", help="torch.compile the DiT's blocks")
-    add("--steps", type=int, default=50, help="denoising steps (Sec. 4.1)")
-    add("--shift", type=float, default=7.0, help="timestep shift (authors' code; the paper names none)")
-    add("--cfg-scale", type=float, default=5.8, help="classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", type=int, default=1, help="steps after the guided ones that share one velocity")
-    add("--strength", type=float, default=1.0, help="below 1, start from the noised reference (authors' code: 0.75)")
+    add("--device", device, "torch device")
+    add("--dtype", None, "of the DiT; else bf16 on a GPU, fp32 on CPU", choices=["bf16", "fp32"])
+    add("--checkpoint", "auto", "recompute blocks in the backward pass", choices=["auto", "on", "off"])
+    add("--offload", False, "stream the weights from host memory")
+    add("--vae-tiles", False, "for the VAE, of 30x52 latents", action=argparse.BooleanOptionalAction)
+    add("--compile", False, "torch.compile the DiT's blocks; not with --offload")
+    add("--steps", 50, "denoising steps (Sec. 4.1)")
+    add("--shift", 7.0, "timestep shift (authors' code)")
+    add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
+    add("--velocity-interval", 1, "steps after the guided ones that share one velocity")
+    add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
-    types = {"window": int_or_none, "ref_noise": level_or_match}
     for f in fields(MotionConfig):
-        text = texts.get(f.name, "").replace("%", "%%")
-        options = {"type": types.get(f.name, str if f.default is None else type(f.default))}
-        if f.default is False:
-            options = {"action": "store_true"}
-        elif isinstance(f.default, tuple):
-            options = {"type": type([*f.default, 0.0][0]), "nargs": len(f.default) or "*"}
-        add("--" + f.name.replace("_", "-"), default=f.default, help=text, **options)
+        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
     return parser
 
 
 def parse_arguments(argv, parser=None, **options):
-    """(flags, MotionConfig, wan_min.Model that options open). Flags override the preset, it the model's defaults."""
+    """Flags, MotionConfig and wan_min.Model. Flags override the preset, the preset the model's defaults."""
     parser = parser or build_parser()
-    args = parser.parse_args(argv)  # what is wrong in itself is reported before a model is looked for
-    check_limits(vars(args), frames=(5, 10**4), fps=(1, 240), start=(0, 10**6), seed=(0, 2**63 - 1), steps=(1, 10**4),
-                 shift=(0.001, 1000), strength=(0.001, 1), cfg_scale=(-1e9, 1e9),
-                 velocity_interval=(1, 10**4))  # fmt: skip
+
+    def parse():
+        args = parser.parse_args(argv)
+        check_limits(vars(args), size=(32, 10**4, None), frames=(5, 10**4), fps=(1.0, 240.0, None), start=(0.0, 1e6),
+                     seed=(0, 2**63 - 1), steps=(1, 10**4), shift=(0.001, 1000.0), cfg_scale=(-1e9, 1e9),
+                     velocity_interval=(1, 10**4), strength=(0.001, 1.0))  # fmt: skip
+        settings = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
+        return args, MotionConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()})
+
+    args, _ = parse()  # what is wrong in itself is reported before a model is looked for
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -596,48 +589,44 @@ def parse_arguments(argv, parser=None, **options):
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
     model = source.open_model(args.model, device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
-    args = parser.parse_args(argv)
-    if args.block > model.blocks:
-        raise UserError(f"--block {args.block} is outside the model's 1 to {model.blocks}")
-    settings = {f.name: getattr(args, f.name) for f in fields(MotionConfig)}
-    config = MotionConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
+    args, config = parse()
+    check_limits(vars(args), block=(1, model.blocks))
     return args, config, model
 
 
 def canvas(args, model):
-    """Rows and columns of the result in 16s, and whether a portrait reference turns them."""
+    """Rows and columns of the result, and whether a portrait reference turns them."""
     if args.size:
         return tuple(round(side / 16) * 16 for side in args.size), False
     return model.canvases[0], model.canvases[0][::-1] in model.canvases
 
 
 def check_arguments(args, kept):
-    """UserError or OSError for what can be seen to be wrong before anything is read or loaded."""
+    """UserError or OSError for what is wrong before anything is loaded."""
     if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
-        raise UserError("--ref or --prompt is missing, or the prompt is empty or longer than 10,000 characters")
+        raise UserError("--ref or --prompt is missing, or the prompt is empty or over 10,000 characters")
     if args.compile and args.offload:
         raise UserError("--compile and --offload exclude each other")
     if args.out.suffix.lower() != ".mp4" or os.path.realpath(args.ref) == os.path.realpath(args.out):
-        raise UserError("--out must be a file name that ends in .mp4, and not the reference")
+        raise UserError("--out must end in .mp4, and not be the reference")
     for path in (kept, args.out):
         partial_path(path).touch()  # OSError where it cannot be written
         partial_path(path).unlink()
         if path.is_dir():
             raise UserError(f"{path} is a folder")
     if kept.exists() and not args.decode:
-        raise UserError(f"{kept} is what a stopped run kept: --decode it, move it or delete it")
+        raise UserError(f"{kept} is what a stopped run kept: --decode, move or delete it")
     if shutil.disk_usage(kept.absolute().parent).free < 2**27:
         raise UserError(f"less than 128 MiB are free beside {kept}")
 
 
 def reuse_velocities(step, guided, interval):
-    """Wrap a step: after the guided ones only every interval-th computes velocities, the others reuse the last."""
-    count, last = 0, None
+    """Wrap a step: after the guided ones only every interval-th computes velocities, the others reuse them."""
+    fresh = (number < guided or (number - guided) % interval == 0 for number in count())
+    last = None
 
     def reusing(velocity, x, sigma, next_sigma):
-        nonlocal count
-        computed = count < guided or (count - guided) % interval == 0
-        count += 1
+        computed = next(fresh)
 
         def kept(x, sigma):
             nonlocal last
@@ -650,7 +639,7 @@ def reuse_velocities(step, guided, interval):
 
 
 def generate(args, config, dit, noise, contexts, reference, step=euler_step, **seams):
-    """Latents guided by the reference or, without one, made from pure noise; seams: features and losses of `sample`."""
+    """Latents, guided if there is a reference; seams: features and losses of `sample`."""
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
     guided = guided_steps(args.steps, config)
     if guided and reference is not None:
@@ -668,7 +657,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
         bar.update(number + 1 - bar.n)
 
     checkpoint = "full" if args.offload else args.checkpoint == "on"
-    with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
+    with tqdm(total=args.steps, desc="sampling") as bar:
         try:
             return attempt(checkpoint)
         except RuntimeError as error:
@@ -680,7 +669,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
 
 @torch.no_grad()
 def run(args, config, model, **seams):
-    """Check, read, encode, sample, decode, write; seams: features, losses and step of `sample`."""
+    """From reference to written video; seams: features, losses and step of `sample`."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
     size, turn = canvas(args, model)
@@ -717,10 +706,10 @@ def run(args, config, model, **seams):
         del dit  # the decoder needs the memory
         save_file({"result": latents.cpu()}, partial_path(kept))
         partial_path(kept).replace(kept)  # a file that is there is whole
-        print(f"latents kept in {kept}; should the rest fail, the same flags and --decode {kept} finish it")
+        print(f"latents kept in {kept}; if decoding fails, the same flags and --decode {kept} finish it")
     result = codec.decode(latents, progress=progress)
-    record = vars(args) | {"program": "FastVMT (fastvmt.py)", "torch": torch.__version__, "vae_tiles": codec.vae_tiles,
-                           "ref": os.path.basename(args.ref), "ai_generated": True}  # fmt: skip
+    record = vars(args) | dict(program="FastVMT", torch=torch.__version__, vae_tiles=codec.vae_tiles, ai_generated=True)
+    record["ref"] = os.path.basename(args.ref)
     write_video(args.out, result, fps, json.dumps(record, default=os.path.basename))
     kept.unlink()
     print(f"wrote {args.out}")
@@ -729,7 +718,7 @@ def run(args, config, model, **seams):
 
 
 def explain(error):
-    """Exit code and one line for what the user can set right; raises any other error."""
+    """Exit code and one line for what the user can fix; raises any other error."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, (UserError, wan_min.ModelError, OSError, SafetensorError, ModuleNotFoundError)):
@@ -740,7 +729,7 @@ def explain(error):
 
 
 def main(argv=None, **seams):
-    """The command line, with `sample`'s seams; returns the exit code."""
+    """The command line; seams as of `run`. Returns the exit code."""
     try:
         run(*parse_arguments(argv), **seams)
         return 0

@@ -419,11 +419,9 @@ def test_bad_arguments_of_the_method(dit):
                           (two, dict(reference=two))):  # fmt: skip
         with pytest.raises(ValueError, match="reference.*noise's shape, a single clip, .*null"):
             sample(dit, noise, **change)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
-        fastvmt.optimize_latent(randn(5), lambda x: x.sum())
     nan = math.nan
     refused = dict(
-        block=[0], tile=[(0, 4), (3, 0)], window=[0], span=[0], interval=[0], inner_steps=[0], center=["middle"],
+        block=[0], tile=[(0, 4), (3, 0)], window=[0, 2.5], span=[0], interval=[0], inner_steps=[0], center=["middle"],
         ref_noise=["clean", -0.1, 1.1, nan, None], tau=[nan], alpha=[nan], lambda_amf=[math.inf], lambda_window=[nan],
         guided_fraction=[nan, -0.1, 1.1], lr=[(0.1, nan), (-0.1, 0.1)],
     )  # fmt: skip
@@ -1277,7 +1275,7 @@ def test_names_and_unreadable_references(monkeypatch):
         refused(r"\(.*Invalid data", name)
     refused(r"\(.*matches no streams", "mirror.mp4")
     refused("has 0 frames from 9.5 s", "in.mp4", start=9.5)
-    refused(r"2 frames from 0 s at --fps 16 \(own: 60\)", "burst.mp4", fps=16)
+    refused("2 frames from 0 s at --fps 16,", "burst.mp4", fps=16)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     refused("No such file.*/nowhere/ffmpeg", "in.mp4")
 
@@ -1483,7 +1481,7 @@ def test_user_errors(capsys, monkeypatch):
     monkeypatch.setattr(wan_min, "random_contexts", failing(AssertionError("told before anything is loaded")))
     out_of_range = ("--steps 0", "--fps 0", "--fps nan", "--start -1", "--seed -1", "--shift 0", "--strength 1.5")
     cases = {flag: flag[2:] for flag in out_of_range} | {  # flags, what the message must name
-        "--frames 4": "frames 4 is not between 5 and",
+        "--frames 4": "frames 4 is no int from 5 to 10000",
         "--ref no.mp4": "no.mp4",
         "--ref empty": "0 frames",
         "--ref short.mp4": "3 frames",
@@ -1495,19 +1493,19 @@ def test_user_errors(capsys, monkeypatch):
         "--model nonsense": "unknown model 'nonsense'",
         "--model nonsense --steps 0": "steps 0",  # before the hub is asked
         "--model empty": "without diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5",
-        "--block 5": "block 5 is outside the model's 1 to 4",
-        "--ref-noise 2": "ref_noise must be a noise level from 0 to 1",
+        "--block 5": "block 5 is no int from 1 to 4",
+        "--ref-noise 2": "ref_noise 2 is no float from 0.0 to 1.0 or 'match'",
         "--out missing/o.mp4": "missing",
         "--out o.avi": ".mp4",
-        "--out in.mp4": "not the reference",
+        "--out in.mp4": "not be the reference",
         f"--out {'a' * 250}.mp4": "name too long",
         "--out out/p.mp4": "is a folder",
         "--out out/q.mp4": "q.latents.safetensors is a folder",
         "--compile --offload": "exclude each other",
         f"--ref {'a' * 300}": "not a file or a folder",
         "--ref 'no\nsuch'": "no such",
-        "--size 10x48": "10x48 has a side below 32",
-        "--size=-32x48": "-32x48 has a side below 32",
+        "--size 10x48": "size 10 is no int from 32 to",
+        "--size=-32x48": "size -32 is no int from 32 to",
         "--lr 0.1 nan": "lr nan",
         "--device abacus": "device abacus cannot be used",
         "--decode text.mp4": "header",
