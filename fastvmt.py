@@ -42,7 +42,7 @@ def check_limits(values, **limits):
             within = isinstance(x, (int, type(high))) and low <= x <= high  # NaN is within none
             if not within and x not in others:
                 allowed = " or ".join([f"from {low} to {high}", *map(repr, others)])
-                raise UserError(f"{name} {x!r} is no {type(high).__name__} {allowed}")
+                raise UserError(f"{name} must be {type(high).__name__} {allowed}, not {x!r}")
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ def head_average(x, grid):
     return rearrange(x, "(f h w) d -> f h w d", f=grid[0], h=grid[1])
 
 
+def list_pairs(num_frames, span):
+    """Pairs (i, j), 1 ≤ j−i ≤ span, by offset (eqs. 3, 5; at i = j nothing moves)."""
+    return [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
+
+
 def frame_pairs(num_frames, span, device=None):
-    """Pairs 1 ≤ j−i ≤ span, by offset (eqs. 3, 5; at i = j nothing moves): anchors i, targets j, both long (P,)."""
-    pairs = [(i, i + d) for d in range(1, min(span + 1, num_frames)) for i in range(num_frames - d)]
-    return torch.tensor(pairs, device=device).unbind(1)
+    """list_pairs as tensors: anchors i, targets j, both long (P,)."""
+    return torch.tensor(list_pairs(num_frames, span), device=device).unbind(1)
 
 
 def row_column(index, width):
@@ -240,12 +244,12 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
 
     An anchor i has the targets i+1 … min(i+s_f−1, F−1), one fewer than eq. 3 (B.4). squared: eq. 7's, else B.4's norm.
     """
-    offsets = key_mean.split([num_frames - d for d in range(1, min(span + 1, num_frames))])  # (F−d, N, D) each
+    pairs = list_pairs(num_frames, span)
     loss = key_mean.new_zeros(())
     for anchor in range(num_frames):
-        path = [keys[anchor] for keys in offsets[: span - 1] if anchor < len(keys)]  # (N, D) each
+        path = [p for p, (i, j) in enumerate(pairs) if i == anchor and j - i < span]
         if len(path) > 1:
-            change = torch.stack(path).diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
+            change = key_mean[path].diff(dim=0)  # K̄_{i→i+2} − K̄_{i→i+1}, …: (targets−1, N, D)
             norm = change.square().sum(-1) if squared else torch.linalg.vector_norm(change, dim=-1)  # (targets−1, N)
             loss = loss + norm.mean()
     return loss / num_frames
@@ -264,8 +268,10 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     """AdamW on the latent alone with a fresh gradient every `interval`-th step, reused between (eqs. 9-10).
 
     objective: x -> scalar, called ⌈steps/interval⌉ times. lr: first and last, linear in between. Returns a new x, fp32
-    or better: bf16 never moves a third of it. Not for torch.inference_mode.
+    or better: bf16 never moves a third of it. Raises RuntimeError under torch.inference_mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([x])  # with the default weight decay, 0.01: the paper names none
     for step in range(steps):
@@ -379,6 +385,7 @@ import shutil
 import sys
 from itertools import count, islice
 from pathlib import Path
+from types import UnionType
 
 import numpy as np
 from imageio.v3 import imwrite
@@ -529,10 +536,10 @@ def build_parser():
     def add(name, default, text, **options):
         if default is False:
             options.setdefault("action", "store_true")
-        elif isinstance(default, (int, float, tuple)):
-            options["type"] = number_or_word
-        if isinstance(default, tuple):
-            options["nargs"] = len(default) or "*"
+        elif isinstance(default, tuple):
+            options |= {"type": number_or_word, "nargs": len(default) or "*"}
+        elif isinstance(default, (int, float)):
+            options.setdefault("type", type(default))
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
     parser.error = error
@@ -563,7 +570,8 @@ def build_parser():
     add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     for f in fields(MotionConfig):
-        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
+        options = {"type": number_or_word} if isinstance(f.type, UnionType) else {}
+        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""), **options)
     return parser
 
 
@@ -657,7 +665,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, **s
         bar.update(number + 1 - bar.n)
 
     checkpoint = "full" if args.offload else args.checkpoint == "on"
-    with tqdm(total=args.steps, desc="sampling") as bar:
+    with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
         try:
             return attempt(checkpoint)
         except RuntimeError as error:

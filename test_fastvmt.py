@@ -419,6 +419,8 @@ def test_bad_arguments_of_the_method(dit):
                           (two, dict(reference=two))):  # fmt: skip
         with pytest.raises(ValueError, match="reference.*noise's shape, a single clip, .*null"):
             sample(dit, noise, **change)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
+        fastvmt.optimize_latent(randn(5), lambda x: x.sum())
     nan = math.nan
     refused = dict(
         block=[0], tile=[(0, 4), (3, 0)], window=[0, 2.5], span=[0], interval=[0], inner_steps=[0], center=["middle"],
@@ -1480,8 +1482,8 @@ def test_user_errors(capsys, monkeypatch):
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr(wan_min, "random_contexts", failing(AssertionError("told before anything is loaded")))
     out_of_range = ("--steps 0", "--fps 0", "--fps nan", "--start -1", "--seed -1", "--shift 0", "--strength 1.5")
-    cases = {flag: flag[2:] for flag in out_of_range} | {  # flags, what the message must name
-        "--frames 4": "frames 4 is no int from 5 to 10000",
+    cases = {flag: flag[2:].split()[0] + " must be " for flag in out_of_range} | {  # flags, what the message must name
+        "--frames 4": "frames must be int from 5 to 10000, not 4",
         "--ref no.mp4": "no.mp4",
         "--ref empty": "0 frames",
         "--ref short.mp4": "3 frames",
@@ -1491,10 +1493,10 @@ def test_user_errors(capsys, monkeypatch):
         "--size axb": "HxW",
         "--no-such-flag": "--no-such-flag",
         "--model nonsense": "unknown model 'nonsense'",
-        "--model nonsense --steps 0": "steps 0",  # before the hub is asked
+        "--model nonsense --steps 0": "steps must",  # before the hub is asked
         "--model empty": "without diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5",
-        "--block 5": "block 5 is no int from 1 to 4",
-        "--ref-noise 2": "ref_noise 2 is no float from 0.0 to 1.0 or 'match'",
+        "--block 5": "block must be int from 1 to 4, not 5",
+        "--ref-noise 2": "ref_noise must be float from 0.0 to 1.0 or 'match', not 2",
         "--out missing/o.mp4": "missing",
         "--out o.avi": ".mp4",
         "--out in.mp4": "not be the reference",
@@ -1504,9 +1506,9 @@ def test_user_errors(capsys, monkeypatch):
         "--compile --offload": "exclude each other",
         f"--ref {'a' * 300}": "not a file or a folder",
         "--ref 'no\nsuch'": "no such",
-        "--size 10x48": "size 10 is no int from 32 to",
-        "--size=-32x48": "size -32 is no int from 32 to",
-        "--lr 0.1 nan": "lr nan",
+        "--size 10x48": "size must be int from 32 to 10000 or None, not 10",
+        "--size=-32x48": "size must be int from 32 to 10000 or None, not -32",
+        "--lr 0.1 nan": "lr must be float from 0.0 to 1000000000.0, not nan",
         "--device abacus": "device abacus cannot be used",
         "--decode text.mp4": "header",
         "--decode no.safetensors": "no.safetensors",
