@@ -14,9 +14,9 @@ Equations, sections and appendices are those of "FastVMT: Eliminating Redundancy
     losses = motion_losses: 5·amf_loss + 1·window_loss
     step = euler_step
 
-To change it, hand `sample` other features, losses or step (lab/changes.py). The run stands below the method. Shapes:
-F latent frames, H×W tokens a frame, S = H·W, D head size, P frame pairs, N tiles (eq. 7's P), T tokens a tile, M tokens
-a window. Positions are (row, column) in tokens.
+To change it, hand `sample` other features, losses or step (lab/changes.py). The method needs torch and einops only; the
+run stands below it. Shapes: F latent frames, H×W tokens a frame, S = H·W, D head size, P frame pairs, N tiles (eq. 7's
+P), T tokens a tile, M tokens a window. Positions are (row, column) in tokens.
 """
 
 import math
@@ -338,9 +338,9 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
 
     dit: as wan_min.DiT, callable and with qk and patch_size. noise (1, C, F, h, w); sigmas (steps+1,) down to 0;
     context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean latents or None.
-    features, losses, step: called as the defaults; losses returns a tuple of scalars and the first is minimised. A
-    multistep step that gets another x than it returned must drop its earlier velocities. checkpoint: see DiT.qk.
-    callback(number, x, history) follows each step; history is guide's losses, or None.
+    features, losses, step: called as the defaults; losses returns a tuple of scalars and the first is minimised.
+    Guidance moves x between steps: a multistep step that gets another x than it returned must drop its earlier
+    velocities. checkpoint: see DiT.qk. callback(number, x, history) follows each step; history is guide's losses.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference needs the noise's shape, a single clip, and null, the empty prompt")
@@ -547,7 +547,7 @@ def build_parser():
     add("--prompt", None, "what the new video shows")
     add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
-    add("--decode", None, "latents that a stopped run kept; its flags finish it", type=Path)
+    add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
     add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
     add("--preset", None, "settings of the paper or of its release", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
