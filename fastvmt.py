@@ -123,6 +123,11 @@ def tile_queries(Q, tile):
     return Q[:, rows][:, :, cols].flatten(1, 2)
 
 
+def window_size(window, grid):
+    """Rows and columns of an l×l window, at most the grid's; None: the grid's."""
+    return grid if window is None else (min(window, grid[0]), min(window, grid[1]))
+
+
 def window_centers(queries, keys, *, tau=1.0, center="soft"):
     """Centres of the tiles' windows: queries (P, N, D), keys (P, H, W, D) -> long (P, N, 2).
 
@@ -196,17 +201,18 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
     if span < 1 or window is not None and window < 1 or center not in ("soft", "argmax"):
         raise ValueError("span and window must be at least 1, center 'soft' or 'argmax'")
     Q, K = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (Q, K))  # bf16 loses sub-token accuracy
-    size = (H, W) if window is None else (min(window, H), min(window, W))
+    size = window_size(window, (H, W))
     anchors, targets = frame_pairs(num_frames, span, Q.device)  # (P,) each
     chunk = max(1, max_logits // (H * W * math.prod(size)))  # pairs; each has a logit per token and window token
     pairs = list(zip(anchors.split(chunk), targets.split(chunk)))  # of (chunk,)
     autocast = torch.amp.is_autocast_available(Q.device.type)
     with torch.autocast(Q.device.type, enabled=False) if autocast else nullcontext():
-        queries = tile_tokens(Q, tile)  # (F, N, T, D)
-        representatives = tile_queries(Q, tile)  # (F, N, D)
         if size == (H, W):
             flow = torch.cat([frame_flow(Q, K, i, j, tau) for i, j in pairs])  # (P, H, W, 2)
-            return flow, repeat(K.mean((1, 2))[targets], "p d -> p n d", n=queries.shape[1])  # (P, N, D)
+            num_tiles = math.ceil(H / tile[0]) * math.ceil(W / tile[1])
+            return flow, repeat(K.mean((1, 2))[targets], "p d -> p n d", n=num_tiles)  # (P, N, D)
+        queries = tile_tokens(Q, tile)  # (F, N, T, D)
+        representatives = tile_queries(Q, tile)  # (F, N, D)
         positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)  # (1, H, W, 2)
         tokens = tile_tokens(positions, tile)[0]  # (N, T, 2)
         flows, corners = [], []

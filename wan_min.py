@@ -16,7 +16,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
@@ -336,13 +336,13 @@ class Resample(nn.Module):
     def __init__(self, dim, down, temporal):
         super().__init__()
         self.down = down
+        self.time_conv = None
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-            time_conv = CausalConv3d(dim, dim, (3, 1, 1), (2, 1, 1))
         else:
             self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
-            time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
-        self.time_conv = time_conv if temporal else None
+        if temporal:
+            self.time_conv = CausalConv3d(dim, dim if down else 2 * dim, (3, 1, 1), (2 if down else 1, 1, 1))
 
     def forward(self, x, cache):
         x = per_frame(self.resample, x) if self.down else x
@@ -648,7 +648,7 @@ def find_checkpoint(name):
             ways += f"set HF_HOME to a cache; or give --model DIR of `hf download {repo} --local-dir DIR`"
             raise ModelError(f"{repo} cannot be fetched ({reason}): {ways}") from None
 
-    @cache
+    @lru_cache
     def fetch():
         folder = hub(snapshot_download, allow_patterns=["config.json", *FILES])
         find_checkpoint(folder)  # checks all files

@@ -47,7 +47,7 @@ def three_best(dit, x, sigma, context, config, **options):
     """
     Q, K = fastvmt.read_qk(dit, x, sigma, context, config.block, **options)  # (F, H, W, D) each
     frames, H, W, _ = Q.shape
-    size = (H, W) if config.window is None else (min(config.window, H), min(config.window, W))
+    size = fastvmt.window_size(config.window, (H, W))
     i, j = fastvmt.frame_pairs(frames, config.span, x.device)
     representatives = fastvmt.tile_queries(Q, config.tile)[i]  # (P, N, D)
     logits = einsum(representatives, K[j], "p n d, p h w d -> p n h w").flatten(2)

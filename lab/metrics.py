@@ -67,7 +67,7 @@ def attention_entropy(Q, K, config):
     Near 1, as where heads disagree and average out, every flow drifts to the middle of its window.
     """
     num_frames, H, W, _ = Q.shape
-    size = (H, W) if config.window is None else (min(config.window, H), min(config.window, W))
+    size = fastvmt.window_size(config.window, (H, W))
     queries, representatives = fastvmt.tile_tokens(Q, config.tile), fastvmt.tile_queries(Q, config.tile)
     entropies = []
     for i, j in zip(*(frames.split(1) for frames in fastvmt.frame_pairs(num_frames, config.span, Q.device))):
@@ -96,12 +96,17 @@ def temporal_consistency(frames):
 
 
 @torch.no_grad()
-def read_motion(dit, latents, noise, null, config):
-    """Flow (P, H, W, 2) of finished latents, and the entropy of the attention that it was read from: a scalar."""
+def read_flow(dit, latents, noise, null, config):
+    """Flow (P, H, W, 2) of finished latents."""
     x = fastvmt.match_noise(latents, noise, MEASURE_SIGMA)
-    Q, K = fastvmt.read_qk(dit, x, MEASURE_SIGMA, null, config.block)
-    settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
-    return fastvmt.attention_motion_flow(Q, K, **settings)[0], attention_entropy(Q, K, config)
+    return fastvmt.motion_features(dit, x, MEASURE_SIGMA, null, config)[0]
+
+
+@torch.no_grad()
+def read_entropy(dit, latents, noise, null, config):
+    """attention_entropy of finished latents."""
+    x = fastvmt.match_noise(latents, noise, MEASURE_SIGMA)
+    return attention_entropy(*fastvmt.read_qk(dit, x, MEASURE_SIGMA, null, config.block), config)
 
 
 @torch.no_grad()

@@ -226,7 +226,7 @@ def compute(rows, clips, args, model, **seams):
         reference = codec.encode(video.to(device))
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
 
-        flow_ref, _ = metrics.read_motion(dit, reference, noise, contexts[""], args.config)
+        flow_ref = metrics.read_flow(dit, reference, noise, contexts[""], args.config)
         offset_1, shown = noise.shape[2] // dit.patch_size[0] - 1, {}  # how many pairs of neighbours come first
         for _, key, name in jobs_of_clip:
             row, prompt = rows[name], key[2]
@@ -237,8 +237,8 @@ def compute(rows, clips, args, model, **seams):
                 warm = True
             latents, columns = run_row(dit, counts, *inputs, row, **seams)
             # The flow with args' settings, whatever the row's, so that rows compare; the entropy with the row's.
-            flow, _ = metrics.read_motion(dit, latents, noise, contexts[""], args.config)
-            _, entropy = metrics.read_motion(dit, latents, noise, contexts[""], row.config)
+            flow = metrics.read_flow(dit, latents, noise, contexts[""], args.config)
+            entropy = metrics.read_entropy(dit, latents, noise, contexts[""], row.config)
             columns |= flow_columns(flow_ref, flow, entropy, offset_1 + 1, args)
             line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
             result = codec.decode(latents) if clip.scene or others or args.keep_videos else None

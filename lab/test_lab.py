@@ -378,16 +378,16 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fastvmt, "sample", spy)
     tiled = wan_min.VAE.tiled
     monkeypatch.setattr(wan_min.VAE, "tiled", lambda *args: tiled(*args) if args[4] else pytest.fail("not in tiles"))
-    pictures, flows, compare, read = [], [], effect.compare_video, metrics.read_motion
+    pictures, flows, compare, read = [], [], effect.compare_video, metrics.read_flow
     monkeypatch.setattr(effect, "compare_video", lambda clips, x: pictures.append(x) or compare(clips, x))
-    monkeypatch.setattr(metrics, "read_motion", lambda *a: [out := read(*a), flows.append(out[0])][0])
+    monkeypatch.setattr(metrics, "read_flow", lambda *a: [out := read(*a), flows.append(out)][0])
     rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5,cfg_scale=1",
             "steps=2, negative_prompt=blurred"]  # fmt: skip
     args = "--strength 0.9 --seed 3 --checkpoint on --vae-tiles --keep-videos --negative-prompt".split()
     assert run_table(capsys, *TABLE, "--out", tmp_path, *args, "", "--rows", *rows)[0] == 0
     assert len(list(tmp_path.glob("*.mp4"))) == 6
-    shown_flows = [flows[0], *flows[1::2]]  # the reference's, then each row's, which is read twice
-    assert len(pictures[0]) == 6 and all(a.equal(b[:2]) for a, b in zip(pictures[0], shown_flows))  # of offset 1
+    assert len(pictures[0]) == len(flows) == 6  # the reference's, then each row's
+    assert all(a.equal(b[:2]) for a, b in zip(pictures[0], flows))  # of offset 1
     (shown,) = tmp_path.glob("compare-*.mp4")  # reference and five rows, each pixel eight times as large
     assert fastvmt.read_video(shown, 9, (554, 6 * 384)).shape == (1, 3, 9, 554, 6 * 384)
     (_, contexts, full), (_, _, first), (plain, _, none), (start, _, last), (short, others, _) = seen[1:]  # warmed up
