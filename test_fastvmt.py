@@ -911,7 +911,10 @@ def test_names_that_are_no_checkpoint_are_explained():
     save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(1)}, "motion.safetensors")
     Path("wan.gguf").touch()
     Path("models").mkdir()
+    Path("bare").mkdir()
+    Path("bare/config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
     for name, message in {
+        "bare": "bare is a Diffusers checkpoint",
         "motion.safetensors": "motion.safetensors is a LoRA: .* Wan-AI/Wan2.1-T2V-1.3B", "wan.gguf": "is a GGUF",
         "models/foo": "unknown model 'models/foo'", "nowhere/wan.safetensors": "unknown model",
         "a/b/c": "unknown model", "~/wan": "unknown model", "nonsense": "unknown model 'nonsense': .*1.3B, 14B, tiny",

@@ -663,7 +663,7 @@ def find_checkpoint(name):
 def unusable(where, names, otherwise="not a checkpoint"):
     """ModelError of what is not in the official layout, told by the names in it."""
     layouts = {"high_noise_model": "a Wan 2.2 checkpoint", r"\.gguf$": "a GGUF checkpoint", "lora": "a LoRA",
-               "model_index.json|^transformer": "a Diffusers checkpoint",
+               "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
                "t5.*fp8": "a checkpoint with an fp8 text encoder",
                r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint"}  # fmt: skip
     text = "\n".join(names)
@@ -694,12 +694,12 @@ def load(cls, folder, device="cpu", dtype=None, progress=iter):
     """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder.
 
     By default names and shapes are checked and no weight is read. config.json has the DiT's arguments, and may have
-    the others' as `vae` and `text_encoder`.
+    the others' as `vae` and `text_encoder`. Raises ModelError.
     """
     folder, config = Path(folder), read_config(folder)
     missing = [pattern for pattern in FILES if not any(folder.glob(pattern))]
     if missing:
-        raise unusable(folder, os.listdir(folder), f"without {', '.join(missing)}")
+        raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
     files = sorted(folder.glob(PARTS[cls]))
     reader = load_file if cls is DiT else partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
     tensors = {}
