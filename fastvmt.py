@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange, reduce, repeat
 from torch.nn.functional import avg_pool2d, embedding, pad
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -64,12 +64,13 @@ class MotionConfig:
     interval: int = 3  # compute the gradient every Δ-th inner step, reuse it then (eq. 9, App. B.1)
     lr: tuple = (0.003, 0.002)  # first and last learning rate, linear (Sec. 4.1)
     ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
+    coarse: float = 0.0  # first part of the guided steps whose motion is read on pooled latents; not the paper's
 
     def __post_init__(self):
         count, number, part = (1, 10**4), (-1e9, 1e9), (0.0, 1.0)
         check_limits(vars(self), block=count, tile=count, window=(*count, None), span=count, inner_steps=count,
                      interval=count, tau=number, alpha=number, lambda_amf=number, lambda_window=number,
-                     guided_fraction=part, lr=(0.0, 1e9), ref_noise=(*part, "match"))  # fmt: skip
+                     guided_fraction=part, lr=(0.0, 1e9), ref_noise=(*part, "match"), coarse=part)  # fmt: skip
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
 
@@ -298,6 +299,17 @@ def match_noise(latents, noise, sigma):
     return (1 - sigma) * latents + sigma * noise
 
 
+def pool_latents(x, sigma, patch):
+    """Means of 2×2 latents x (1, C, F, h, w) at sigma, as latents at a level σ′ of their own: (1, C, F, h/2, w/2), σ′.
+
+    What is over of h and w, which fills no token of this patch size, is cropped.
+    """
+    h, w = (side - side % (2 * length) for side, length in zip(x.shape[3:], patch[1:]))
+    x = reduce(x[..., :h, :w], "b c f (h p) (w q) -> b c f h w", "mean", p=2, q=2)
+    scale = (1 - sigma) + sigma / 2  # the mean of four leaves half of the noise
+    return x / scale, sigma / 2 / scale
+
+
 def read_qk(dit, x, sigma, context, block, **options):
     """Head-averaged Q, K (F, H, W, D) of a block; x (1, C, F, h, w) is at noise level sigma. options: of DiT.qk."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
@@ -353,10 +365,13 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     sigmas = sigmas.tolist()
     noise = noise.float()
     guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
+    coarse = round(config.coarse * guided)
     x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])  # (1, C, F, h, w)
 
-    def read(x, sigma):
-        return features(dit, x, sigma, context, config, checkpoint=checkpoint)
+    def read(number, x, sigma, context, **options):
+        if number < coarse:
+            x, sigma = pool_latents(x, sigma, dit.patch_size)
+        return features(dit, x, sigma, context, config, **options)
 
     def velocity(x, sigma):
         t = torch.full((1,), 1000 * sigma, device=x.device)
@@ -369,10 +384,11 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     for number, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
         history = None
         if number < guided:
-            if number == 0 or config.ref_noise == "match":
+            if number in (0, coarse) or config.ref_noise == "match":
                 level = sigma if config.ref_noise == "match" else config.ref_noise
-                reading = features(dit, match_noise(reference.float(), noise, level), level, null, config)
-            x, history = guide(x, sigma, reading, read, losses, config, x.shape[2] // dit.patch_size[0])
+                reading = read(number, match_noise(reference.float(), noise, level), level, null)
+            read_result = partial(read, number, context=context, checkpoint=checkpoint)
+            x, history = guide(x, sigma, reading, read_result, losses, config, x.shape[2] // dit.patch_size[0])
         x = step(velocity, x, sigma, next_sigma)
         callback(number, x, history)
     return x
@@ -611,7 +627,7 @@ def parse_arguments(argv, parser=None, **options):
 def canvas(args, model):
     """Rows and columns of the result, and whether a portrait reference turns them."""
     if args.size:
-        return tuple(round(side / 16) * 16 for side in args.size), False
+        return args.size if args.size in model.canvases else tuple(round(side / 16) * 16 for side in args.size), False
     return model.canvases[0], model.canvases[0][::-1] in model.canvases
 
 
@@ -697,7 +713,7 @@ def run(args, config, model, **seams):
         print(f"the model was trained on clips of up to {model.max_frames} frames")
     if args.size and args.size != size:
         print("--size is rounded to {}x{}".format(*size))
-    if size in model.canvases[1:]:
+    if size == model.canvases[0][::-1]:
         print("--size is rows x columns: this is a portrait video")
     if not args.decode:
         print("encoding the prompts")

@@ -48,8 +48,9 @@ def texture_features(video, palette):
     ground = 1 - toy.sprite_weights(video)
     field = field.clamp(-1, 1) * ground
     window = torch.hann_window(field.shape[1], False)[:, None] * torch.hann_window(field.shape[2], False)
-    power = torch.fft.fft2((field - field.mean((1, 2), keepdim=True)) * window, s=(96, 96)).abs().square()
-    ky, kx = torch.fft.fftfreq(96)[:, None], torch.fft.fftfreq(96)
+    n = 2 * field.shape[1]
+    power = torch.fft.fft2((field - field.mean((1, 2), keepdim=True)) * window, s=(n, n)).abs().square()
+    ky, kx = torch.fft.fftfreq(n)[:, None], torch.fft.fftfreq(n)
     k, angle = torch.hypot(ky, kx).clamp(min=1e-3), torch.atan2(ky, kx)
     power = power * ((k > 0.02) & (k < 0.2))
     power = power / power.sum((1, 2), keepdim=True)
@@ -60,15 +61,15 @@ def texture_features(video, palette):
     return torch.stack([log_k, spread.log(), turns[0].abs(), turns[1].abs(), share]).mean(1)
 
 
-def texture_classes(count=480, seed=1):
+def texture_classes(count=480, seed=1, size=toy.SIZE):
     """Normal distribution of the features of every (scale, texture), from clips of the world.
 
     All have one covariance: with each its own, what is unlike any clip would be called by the most varied texture.
     """
     g, features = torch.Generator().manual_seed(seed), {}
     for _ in range(count):
-        scene = toy.draw_scene(g)
-        row = texture_features(toy.render(scene, g), scene["palette"])
+        scene = toy.draw_scene(g, size=size)
+        row = texture_features(toy.render(scene, g, size=size), scene["palette"])
         features.setdefault((scene["scale"], scene["texture"]), []).append(row)
     stacked = {name: torch.stack(rows) for name, rows in features.items()}
     covariance = torch.stack([x.T.cov() for x in stacked.values()]).mean(0)
