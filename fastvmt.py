@@ -405,6 +405,7 @@ import os
 import re
 import shutil
 import sys
+from collections import deque
 from itertools import count, islice
 from pathlib import Path
 from types import UnionType
@@ -588,7 +589,7 @@ def build_parser():
     add("--steps", 50, "denoising steps (Sec. 4.1)")
     add("--shift", 7.0, "timestep shift (authors' code)")
     add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", 1, "steps after the guided ones that share one velocity")
+    add("--velocity-interval", 1, "after the guided steps, compute the velocity in every n-th and extrapolate it then")
     add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     for f in fields(MotionConfig):
@@ -651,17 +652,19 @@ def check_arguments(args, kept):
 
 
 def reuse_velocities(step, guided, interval):
-    """Wrap a step: after the guided ones only every interval-th computes velocities, the others reuse them."""
+    """Wrap a step: after the guided ones only every interval-th computes velocities, the others extend their line."""
     fresh = (number < guided or (number - guided) % interval == 0 for number in count())
-    last = None
+    known = deque(maxlen=2)  # (σ, velocity)
 
     def reusing(velocity, x, sigma, next_sigma):
         computed = next(fresh)
 
         def kept(x, sigma):
-            nonlocal last
-            last = velocity(x, sigma) if computed else last
-            return last
+            if computed:
+                known.append((sigma, velocity(x, sigma)))
+            (first, v), (last, w) = known[0], known[-1]
+            ahead = (sigma - last) / (last - first) if first != last else 0
+            return w + ahead * (w - v)
 
         return step(kept, x, sigma, next_sigma)
 

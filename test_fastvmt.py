@@ -1505,22 +1505,37 @@ def test_the_whole_path_stays_on_its_device(monkeypatch):
 @pytest.mark.parametrize("guided, interval, computed", [
     (2, 3, [0, 1, 2, 5, 8]), (0, 2, range(0, 9, 2)), (3, 1, range(9)),
 ])  # fmt: skip
-def test_velocities_are_reused_after_the_guided_steps(guided, interval, computed):
-    asked, used = [], []
+def test_velocities_extend_the_line_of_the_last_two(guided, interval, computed):
+    """After the guided steps, in σ; the one velocity that is known stays."""
+    sigmas, asked, used = [9.0, 8.5, 8.0, 6.0, 5.0, 4.5, 2.0, 1.0, 0.5, 0.0], [], []
 
     def velocity(x, sigma):
         asked.append(sigma)
-        return sigma
+        return sigma**2
 
-    def twice(velocity, x, sigma, next_sigma):  # as Heun's method asks twice
-        used.append((velocity(x, sigma), velocity(x, sigma + 0.5)))
+    def once(velocity, x, sigma, next_sigma):
+        used.append(velocity(x, sigma))
 
-    step = fastvmt.reuse_velocities(twice, guided, interval)
-    for number in range(9):
-        step(velocity, None, number, number + 1)
-        last = max(n for n in computed if n <= number)
-        assert used[-1] == ((last if number == last else last + 0.5), last + 0.5)
-    assert asked == [sigma for number in computed for sigma in (number, number + 0.5)]
+    step = fastvmt.reuse_velocities(once, guided, interval)
+    for number, sigma in enumerate(sigmas[:9]):
+        step(velocity, None, sigma, sigmas[number + 1])
+        known = [sigmas[n] for n in computed if n <= number][-2:]
+        # The line through a² and b² at a and b has slope a + b.
+        true = known[-1] ** 2 + (sigma - known[-1]) * sum(known) * (len(known) > 1)
+        assert used[-1] == pytest.approx(true)
+    assert asked == [sigmas[number] for number in computed]
+
+
+def test_a_step_may_ask_twice_for_velocities():
+    asked, used = [], []
+
+    def heun(velocity, x, sigma, next_sigma):
+        used.append((velocity(x, sigma), velocity(x, next_sigma)))
+
+    step = fastvmt.reuse_velocities(heun, 0, 2)
+    for sigma in (4.0, 3.0, 2.0, 1.0):
+        step(lambda x, sigma: asked.append(sigma) or sigma**2, None, sigma, sigma - 1)
+    assert asked == [4, 3, 2, 1] and used == [(16, 9), (9, 2), (4, 1), (1, -2)]
 
 
 def test_user_errors(capsys, monkeypatch):

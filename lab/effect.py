@@ -91,7 +91,7 @@ def shows(video, prompt, classes):
 
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
-    video, scene, prompt = toy.held_out_of_kind(seed, camera)
+    video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size or toy.SIZE)
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
 
     def sample(strength, **options):
@@ -115,7 +115,7 @@ def component_error(video, scene, camera):
 
 def table(dit, args, config, clips, first):
     """Markdown lines: mean error, and its spread over clips, of plain and guided results."""
-    classes, right = texture_classes(), []
+    classes, right = texture_classes(size=args.size or toy.SIZE), []
     yield "| motion | clips | plain | guided | guided/plain |"
     yield "|---|--:|--:|--:|--:|"
     names = {"pan": "pan, px", "zoom": "zoom, %", "rotation": "rotation, degrees", "still": "sprite, px"}
@@ -141,10 +141,10 @@ READINGS = {  # name -> changes to the toy's settings, noise level at which the 
 }  # fmt: skip
 
 
-def true_flow(scene, i, j):
+def true_flow(scene, i, j, size=toy.SIZE):
     """Flow in tokens (P, H, W, 2) of frame pairs i, j of a scene, and where (P, H, W) the match is wholly in view."""
-    matches = train.token_matches(scene, [slice(None)] * 3)[i, :, j]  # (P, S, S)
-    share, (H, W) = matches.sum(-1), (side // 6 for side in toy.SIZE)
+    matches = train.token_matches(scene, [slice(None)] * 3, size)[i, :, j]  # (P, S, S)
+    share, (H, W) = matches.sum(-1), (side // 6 for side in size)
     position = fastvmt.row_column(torch.arange(H * W), W).float()
     flow = (matches @ position) / share.clamp(min=1e-6)[..., None] - position
     return flow.view(-1, H, W, 2), (share > 0.999).view(-1, H, W)

@@ -111,12 +111,13 @@ class Clip(NamedTuple):
 
 
 def make_clips(args, model):
+    size, turn = fastvmt.canvas(args, model)
     if args.model == "toy":
         clips = []
         kinds = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
         for n, kind in zip(range(args.clips), kinds * args.clips):
             seed = args.seed + n
-            video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind)
+            video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind, size)
             clips.append(Clip(f"{kind} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
         return clips
     lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
@@ -124,7 +125,6 @@ def make_clips(args, model):
     if not prompts or not refs[0]:
         raise fastvmt.UserError("--refs or --prompts are missing or empty")
 
-    size, turn = fastvmt.canvas(args, model)
     read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=args.fps or model.fps, start=args.start,
                    turn=turn)  # fmt: skip
     return [Clip(ref.rstrip("/"), args.seed, prompts, partial(read, ref)) for ref in refs]
@@ -141,10 +141,11 @@ def run_row(dit, counts, noise, reference, contexts, row, **seams):
     start = cost.clock(device)
     latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference,
                                **seams)  # fmt: skip
-    total = cost.clock(device) - start
+    total, passes = cost.clock(device) - start, cost.run_counts(row)
+    gradients = passes["gradient"] + passes.get("coarse gradient", 0)
     return latents, {
         "total s": total, "guidance s": total - counts["seconds"], "denoising s": counts["seconds"],
-        "gradients": cost.run_counts(row)["gradient"], "block forwards": counts["forwards"],
+        "gradients": gradients, "block forwards": counts["forwards"],
         "block backwards": counts["backwards"], "peak GiB": cost.peak_memory(device) / 2**30,
     }  # fmt: skip
 
@@ -218,7 +219,7 @@ def compute(rows, clips, args, model, **seams):
         block.compile()
     real_weights = args.model not in ("toy", "tiny") and not args.random_weights
     opened = open_metrics(device) if real_weights else []
-    classes = effect.texture_classes() if args.model == "toy" else None
+    classes = effect.texture_classes(size=fastvmt.canvas(args, model)[0]) if args.model == "toy" else None
     counts, warm = cost.count_passes(dit), False
     for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
         video = clip.video()
