@@ -91,7 +91,7 @@ def shows(video, prompt, classes):
 
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
-    video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size or toy.SIZE)
+    video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size)
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
 
     def sample(strength, **options):
@@ -115,7 +115,7 @@ def component_error(video, scene, camera):
 
 def table(dit, args, config, clips, first):
     """Markdown lines: mean error, and its spread over clips, of plain and guided results."""
-    classes, right = texture_classes(size=args.size or toy.SIZE), []
+    classes, right = texture_classes(size=args.size), []
     yield "| motion | clips | plain | guided | guided/plain |"
     yield "|---|--:|--:|--:|--:|"
     names = {"pan": "pan, px", "zoom": "zoom, %", "rotation": "rotation, degrees", "still": "sprite, px"}
@@ -150,7 +150,7 @@ def true_flow(scene, i, j, size=toy.SIZE):
     return flow.view(-1, H, W, 2), (share > 0.999).view(-1, H, W)
 
 
-def readings(dit, config, clips, first):
+def readings(dit, config, clips, first, size=toy.SIZE):
     """Markdown lines: end-point error in tokens of references' AMF, without any sampling, by how it is read.
 
     Mean ± standard error over clips; in brackets the paired difference to the toy's settings, of "τ 1, …" to "τ 1".
@@ -161,9 +161,9 @@ def readings(dit, config, clips, first):
     i, j = fastvmt.frame_pairs(toy.FRAMES, config.span)
     for kind, moving in kinds.items():
         for seed in range(first, first + clips):
-            video, scene, prompt = toy.held_out_of_kind(seed, moving)
+            video, scene, prompt = toy.held_out_of_kind(seed, moving, size)
             noise, (_, _, null), reference = toy.prepare(video, prompt, seed)
-            flow, seen = true_flow(scene, i, j)
+            flow, seen = true_flow(scene, i, j, size)
             errors["no flow at all"][kind].append(flow[seen].norm(dim=-1).mean())
             for name, (change, sigma) in READINGS.items():
                 x = fastvmt.match_noise(reference, noise, sigma)
@@ -221,12 +221,14 @@ if __name__ == "__main__":
     parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
-    args, config, _ = fastvmt.parse_arguments(["--model", "toy", *rest])
+    args, config, model = fastvmt.parse_arguments(["--model", "toy", *rest])
+    if args.size not in model.canvases:
+        parser.error(toy.WRONG_SIZE)
     dit = toy.load()
     if options.figure:
         figure(dit, args, config, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
     else:
-        lines = (readings(dit, config, options.clips, options.first) if options.readings
+        lines = (readings(dit, config, options.clips, options.first, args.size) if options.readings
                  else table(dit, args, config, options.clips, options.first))  # fmt: skip
         for line in lines:
             print(line, flush=True)

@@ -189,10 +189,14 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
+    large = [*args, "--size", "96x132", "--steps", "1", "--no-transfer", "--prompt", "coarse blue-white stripes"]
+    for extra, motion in (([], toy.describe_motion(toy.held_out(0, size=toy.LARGE)[0])), (["--ref", ref], "")):
+        code, text, err = run_main(capsys, *large, *extra)
+        assert code == 0 and "9 frames of 96x132 at 8 fps" in text and "portrait" not in text and motion in text, err
     for extra, message in (
         (["--prompt", "a fox"], "does not know fox; it knows coarse"),
-        (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
-        (["--size", "48x66", "--prompt", "red"], "leave out --size"),
+        (["--ref", ref, "--size", "64x66", "--prompt", "red"], "leave out --size, or --size 96x132"),
+        (["--size", "64x66", "--prompt", "red"], "leave out --size, or --size 96x132"),
         (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
         (["--offload", "--prompt", "red"], "neither --offload nor --random-weights"),
     ):
@@ -232,11 +236,11 @@ def test_effect_says_what_it_measures(monkeypatch):
         ("generate", lambda dit, seed, camera, args, config: (None, seed, seed, [4, 1])),  # errors of plain and guided
         ("component_error", lambda result, seed, camera: result + seed % 2.0),
         ("shows", lambda result, seed, classes: result == 4 or seed % 2 == 1),
-        ("true_flow", lambda scene, i, j: (torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool))),
+        ("true_flow", lambda scene, i, j, size: (torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool))),
         ("READINGS", {name: effect.READINGS[name] for name in ("the toy's settings", "τ 1", "τ 1, no window")}),
     ):
         monkeypatch.setattr(effect, name, stub)
-    lines = list(effect.table(None, None, None, 2, 0))
+    lines = list(effect.table(None, argparse.Namespace(size=toy.SIZE), None, 2, 0))
     assert lines[2] == "| pan, px | 2 | 4.50 ± 0.71 | 1.50 ± 0.71 | 0.33 |"
     assert lines[-1] == "\nPrompt right: plain 8 of 8, and of these 4 guided; guided 4."
     _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
@@ -361,10 +365,34 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
         assert tuple(int(cells[n]) for n in ("gradients", "block forwards", "block backwards")) == expected, name
         total, guidance, denoising = (float(cells[column]) for column in ("total s", "guidance s", "denoising s"))
         assert total == pytest.approx(guidance + denoising, rel=0.01) and guidance > 0 and denoising > 0
+    near = "PSNR to every velocity, dB"
+    assert [bool(table["mean", name][near]) for name in counts] == [name == "velocity_interval=3" for name in counts]
     full, plain, other = (table["mean", name] for name in ("full method", "no transfer", rows[-3]))
     assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
     assert float(plain["guidance s"]) < 0.5 * float(full["guidance s"])
     assert [plain[n] == other[n] for n in ("L_AMF", "flow cosine", "entropy")] == [True, True, False]  # measured alike
+
+
+def test_reused_velocities_are_compared_with_the_same_run_without(monkeypatch):
+    """From its first unguided step on, also after an attempt that ran out of memory."""
+    args, model = table1.parse_arguments([*TABLE, "--steps", "6", "--shift", "1", "--guided-fraction", "0.4"])
+    context, negative, null = model.encode_prompts(["a cat", "blurred", ""]).split(1)
+    dit, noise, reference = model.load_dit(), randn(1, 16, 3, 6, 8), randn(1, 16, 3, 6, 8, seed=1)
+    inputs = dit, cost.count_passes(dit), noise, reference, (context, negative, null)
+    true, attempts = fastvmt.sample, itertools.count()
+
+    def sample(*inputs, **options):
+        if next(attempts) == 1:
+            options["callback"] = lambda number, x, history: number == 1 and pytest.fail("out of memory")
+        return true(*inputs, **options)
+
+    whole, _, _ = table1.run_row(*inputs, args)
+    args.velocity_interval = 3
+    latents, _, unguided = table1.run_row(*inputs, args)
+    assert len(unguided[0]) == 4 and (latents - whole).abs().max() > 0.01
+    assert table1.every_velocity(dit, *unguided, inputs[-1], args).equal(whole)
+    assert table1.psnr(torch.zeros(3), torch.full((3,), 0.2)) == pytest.approx(20)
+    assert table1.psnr(torch.ones(3), torch.full((3,), 3.0)) == pytest.approx(120)  # white is white
 
 
 def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
@@ -417,11 +445,11 @@ def test_random_weights_are_no_checkpoints(monkeypatch):
 
 def test_velocities_of_both_results_are_reused(monkeypatch):
     _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
-    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3)
+    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3, size=toy.LARGE)
     asked = []
     monkeypatch.setattr(fastvmt, "reuse_velocities", lambda *found: asked.append(found) or found[0])
     monkeypatch.setattr(fastvmt, "sample", lambda dit, noise, *a, **options: noise)
-    effect.generate(None, 5, "pan", args, config)
+    assert effect.generate(None, 5, "pan", args, config)[0].shape == (3, 9, 96, 132)
     assert asked == [(fastvmt.euler_step, 3, 3)] * 2
 
 
@@ -511,7 +539,7 @@ def test_tables_numbers_by_hand():
 
 
 def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(effect, "texture_classes", lambda: "coarse")
+    monkeypatch.setattr(effect, "texture_classes", lambda size: "coarse")
     monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: classes in prompt)
     monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
     args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
@@ -533,6 +561,9 @@ def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
     video, scene, prompt = toy.held_out_lookalike(10009)
     clip = table1.make_clips(parsed, model)[2]
     assert clip[:3] == ("look-alikes 10009", 9, [prompt]) and clip.scene == scene and clip.video()[0].equal(video)
+    large, _, _ = table1.make_clips(*table1.parse_arguments([*args, "block 2", "--size", "96x132"]))
+    assert large.video().shape == (1, 3, 9, 96, 132) and large.prompts[0].startswith("coarse")
+    assert large.scene == toy.held_out(10007, "pan", False, toy.LARGE)[1] and large.scene["scale"] == "coarse"
 
 
 def test_columns_of_real_videos(monkeypatch, capsys):
