@@ -534,6 +534,7 @@ PRESETS = {
     # The authors' example, whose L_AMF sums over the 1560 tokens of 480x832.
     "release": dict(ref_noise="match", strength=0.75, span=3, alpha=1 / 7, lambda_window=1 / 1560, lr=(0.003, 0.0021),
                     fps=15.0, vae_tiles=True),
+    "fast": dict(coarse=0.8, interval=5, velocity_interval=3),  # chosen on lab/toy.py
 }  # fmt: skip
 
 
@@ -572,7 +573,7 @@ def build_parser():
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
     add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
-    add("--preset", None, "settings of the paper or of its release", choices=PRESETS)
+    add("--preset", None, "settings of the paper, of its release, or of least arithmetic", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
     add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
     add("--fps", None, "of reference and result; else the model's own", type=float)

@@ -41,6 +41,7 @@ ROWS = {  # name -> changes to the settings of the command line
     "clean reference": "ref_noise=0",
     "preset paper": "preset=paper",
     "preset release": "preset=release",
+    "preset fast": "preset=fast",
     "no transfer": "no_transfer",
 }
 PAPER = ("steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10, interval=3, lr=0.003 0.002, tau=1, "

@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import itertools
+import json
 import math
 import re
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import fastvmt
 import wan_min
-from lab import changes, cost, effect, metrics, table1, toy, train
+from lab import changes, cost, effect, frontier, metrics, table1, toy, train
 from test_fastvmt import HERE, close, moving_texture, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -683,6 +685,73 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     assert not any(x in y for x, y in itertools.combinations(cost.PEAK_TFLOPS, 2))  # the first that fits a card counts
     monkeypatch.undo()
     assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")
+
+
+def test_coarse_passes_cost_what_they_do_at_half_the_size(capsys):
+    args = "--model tiny --device cpu --frames 5 --cfg-scale 1 --steps 10 --guided-fraction 0.3 --coarse 0.6".split()
+    large, model = table1.parse_arguments([*args, "--size", "64x96", "--ref-noise", "match"])
+    flops, peaks = cost.count(large, model)
+    small, small_peaks = cost.count(table1.parse_arguments([*args, "--size", "32x48", "--coarse", "0"])[0], model)
+    counts = {"coarse reference pass": 2, "coarse gradient": 8, "reference pass": 1, "gradient": 4}  # of 3 steps
+    for phase, times in counts.items():
+        assert cost.run_counts(large)[phase] == times
+        if "coarse" in phase:
+            assert flops[phase] == small[phase[7:]] and peaks[phase][0] < 1.1 * small_peaks[phase[7:]][0], phase
+    code, out, err = run_table(
+        capsys, *args, "--size", "64x96", "--ref-noise", "match", "--dry-run", "--rows", "coarse=0"
+    )
+    assert code == 0 and not err, err
+    tables = read_table(out)
+    assert [cells["times"] for (title, _), cells in tables.items() if not title] == list("128144") + ["10", "1"]
+    guidance = sum(flops[phase][0] * times for phase, times in counts.items()) / 1e15
+    rest = (10 * flops["velocity"][0] + flops["encode"][0] + flops["decode"][0]) / 1e15
+    hooked = 5 * (flops["velocity"][0] - flops["reference pass"][0]) / 1e15  # passes that the pipeline of others has
+    cells = tables["run, PFLOP", "full method"]
+    for column, true in (("guidance", guidance), ("all", guidance + rest), ("whole passes", guidance + rest + hooked)):
+        assert float(cells[column]) == pytest.approx(true, rel=0.006), column
+    assert (
+        tables["run, PFLOP", "coarse=0"]["guidance"]
+        == f"{(12 * flops['gradient'][0] + 3 * flops['reference pass'][0]) / 1e15:.3g}"
+    )
+
+
+def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
+    phases = ("encode", "decode", "reference pass", "gradient", "velocity", "coarse reference pass", "coarse gradient",
+              "of it AMF, losses, optimizer")  # fmt: skip
+    flops = {phase: [10**15 * n] for n, phase in enumerate(phases, 1)}
+    asked = []
+
+    def table(argv):
+        args, model = table1.parse_arguments(argv)
+        asked.append((args, rows := table1.make_rows(argv, args, model.blocks)))
+        lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error}}
+                 for name, errors in (("full method", (0.5, 1.5)), ("preset fast", (2.0,)))
+                 for n, error in enumerate(errors) for row in [rows[name]]]  # fmt: skip
+        (args.out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+    monkeypatch.setattr(frontier, "prices", lambda: flops)
+    monkeypatch.setattr(table1, "main", table)
+    assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    ((args, rows),) = asked
+    assert args.size == toy.LARGE and args.clips == 24 and len(rows) == 1 + len(frontier.ROWS)
+    # 13 of 25 steps are guided, by 5 gradients each; of fast, 10 by 4 coarse ones and 3 by 4; then 4 of 12 velocities.
+    full, fast = 1 + 2 + 3 + 65 * 4 + 50 * 5, 1 + 2 + 6 + 40 * 7 + 3 + 12 * 4 + 34 * 5
+    table = read_table(capsys.readouterr().out.strip())
+    assert table["", "full method"] == {
+        "": "full method",
+        "PFLOP": f"{full}.0",
+        "error, px a frame": "1.00 ± 0.50",
+        "clips": "2",
+    }
+    assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and len(table) == 2
+    picture = Image.open(tmp_path / "frontier.png")
+    column, row = frontier.axis_places([("", full, 1.0, 0.5, 2), ("", fast, 2.0, 0.0, 1)])
+    assert picture.getpixel((round(column(full)), round(row(1.0)))) == (0, 0, 128)
+    assert picture.getpixel((round(column(fast)), round(row(2.0)))) == (255, 140, 0)
+    for error, drawn in ((1.4, True), (0.6, True), (1.6, False), (0.4, False)):  # the bar
+        assert (picture.getpixel((round(column(full)), round(row(error)))) == (0, 0, 128)) == drawn
+    assert column(0) == frontier.LEFT and row(0) == frontier.BOTTOM
 
 
 def test_flow_agreement():
