@@ -25,7 +25,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from einops import einsum, rearrange, reduce, repeat
+from einops import einsum, rearrange, repeat
 from torch.nn.functional import avg_pool2d, embedding, pad
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -64,7 +64,7 @@ class MotionConfig:
     interval: int = 3  # compute the gradient every Δ-th inner step, reuse it then (eq. 9, App. B.1)
     lr: tuple = (0.003, 0.002)  # first and last learning rate, linear (Sec. 4.1)
     ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
-    coarse: float = 0.0  # first part of the guided steps whose motion is read on pooled latents; not the paper's
+    coarse: float = 0.0  # first part of the guided steps that is read on pooled latents (not the paper's)
 
     def __post_init__(self):
         count, number, part = (1, 10**4), (-1e9, 1e9), (0.0, 1.0)
@@ -300,14 +300,11 @@ def match_noise(latents, noise, sigma):
 
 
 def pool_latents(x, sigma, patch):
-    """Means of 2×2 latents x (1, C, F, h, w) at sigma, as latents at a level σ′ of their own: (1, C, F, h/2, w/2), σ′.
-
-    What is over of h and w, which fills no token of this patch size, is cropped.
-    """
-    h, w = (side - side % (2 * length) for side, length in zip(x.shape[3:], patch[1:]))
-    x = reduce(x[..., :h, :w], "b c f (h p) (w q) -> b c f h w", "mean", p=2, q=2)
+    """Latents (1, C, F, h, w) at sigma pooled by 2, cropped to whole tokens, and the noise level σ′ that they have."""
+    x = avg_pool2d(x[0], 2)[None]  # (1, C, F, h/2, w/2)
+    h, w = (side // length * length for side, length in zip(x.shape[3:], patch[1:]))
     scale = (1 - sigma) + sigma / 2  # the mean of four leaves half of the noise
-    return x / scale, sigma / 2 / scale
+    return x[..., :h, :w] / scale, sigma / 2 / scale
 
 
 def read_qk(dit, x, sigma, context, block, **options):
@@ -573,7 +570,7 @@ def build_parser():
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
     add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
-    add("--preset", None, "settings of the paper, of its release, or of least arithmetic", choices=PRESETS)
+    add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
     add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
     add("--fps", None, "of reference and result; else the model's own", type=float)
@@ -590,7 +587,7 @@ def build_parser():
     add("--steps", 50, "denoising steps (Sec. 4.1)")
     add("--shift", 7.0, "timestep shift (authors' code)")
     add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", 1, "after the guided steps, compute the velocity in every n-th and extrapolate it then")
+    add("--velocity-interval", 1, "compute every n-th after the guided steps, and extrapolate")
     add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     for f in fields(MotionConfig):
