@@ -489,7 +489,7 @@ def test_the_papers_shape_takes_no_more_memory_than_told():
         forward = tensors.peak
         torch.autograd.grad(flow.sum() + key_mean.sum(), (Q, K))
     assert flow.shape == (95 - 5, 30, 52, 2) and key_mean.shape == (90, 130, 128)
-    assert forward < 7 * 2**25 and tensors.peak < 11 * 2**25  # three pairs at a time: 90 MB of keys
+    assert forward < 7 * 2**25 and tensors.peak < 12 * 2**25  # three pairs at a time: 90 MB of keys
 
 
 # ---- Model: DiT, on random weights under the official names ----------------------------------------------------------
@@ -1280,7 +1280,7 @@ def test_names_and_unreadable_references(monkeypatch):
         refused(r"\(.*Invalid data", name)
     refused(r"\(.*matches no streams", "mirror.mp4")
     refused("has 0 frames from 9.5 s", "in.mp4", start=9.5)
-    refused("2 frames from 0 s at --fps 16,", "burst.mp4", fps=16)
+    refused("2 frames from 0 s at --fps 16, .* own rate is 60", "burst.mp4", fps=16)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     refused("No such file.*/nowhere/ffmpeg", "in.mp4")
 
@@ -1310,8 +1310,9 @@ def test_video_survives_writing(capfd):
     link, out = Path("link.mp4"), Path("folder/o.mp4")
     link.symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     out.parent.mkdir()
-    assert fastvmt.partial_path(link).parent == out.parent.resolve()  # on one disk
-    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 900, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
+    with fastvmt.scratch(link) as scratch:
+        assert Path(scratch).parent == out.parent.resolve()  # on one disk
+    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 9000, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
     fastvmt.write_video(link, SMOOTH, 24, comment)
     assert link.is_symlink() and os.listdir(out.parent) == ["o.mp4"]
     assert metadata_of(out) == json.loads(comment)
@@ -1333,16 +1334,12 @@ def test_a_failure_to_write_leaves_the_old_video(monkeypatch):
     script = Path("ffmpeg").absolute()
     script.touch(0o755)
 
-    def refused(message, path="o.mp4", video=SMOOTH):
+    def refused(message, path="o.mp4"):
         with pytest.raises(fastvmt.UserError, match=message):
-            fastvmt.write_video(path, video, 24)
+            fastvmt.write_video(path, SMOOTH, 24)
         assert sorted(os.listdir()) == ["ffmpeg", "in_the_way.mp4", "o.mp4"]
         assert Path("o.mp4").read_text() == "an older result"
 
-    for value in (math.nan, math.inf):
-        broken = SMOOTH.clone()
-        broken[0, 1, 8, 3, 5] = value
-        refused("finite", video=broken)
     refused("Is a directory.*in_the_way", "in_the_way.mp4")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
     for body in ("exit 1", f"ulimit -f {limit}; trap '' XFSZ; exec {real} \"$@\""):  # as on a full disk
@@ -1476,6 +1473,7 @@ def test_velocities_are_reused_after_the_guided_steps(guided, interval, computed
 
 def test_user_errors(capsys, monkeypatch):
     write_clip("in.mp4")
+    os.link("in.mp4", "same.mp4")
     write_clip("short.mp4", num_frames=3, fps=16)
     Path("text.mp4").write_text("no video")
     for name in ("empty", "out/p.mp4", "out/q.latents.safetensors"):
@@ -1491,7 +1489,7 @@ def test_user_errors(capsys, monkeypatch):
         "--ref empty": "0 frames",
         "--ref short.mp4": "3 frames",
         "--start 1": "from 1 s",
-        "--prompt ' '": "prompt is missing, or the prompt is empty",
+        "--prompt ' '": "the prompt is empty",
         "--prompt " + "fox" * 3334: "characters",
         "--size axb": "HxW",
         "--no-such-flag": "--no-such-flag",
@@ -1503,6 +1501,7 @@ def test_user_errors(capsys, monkeypatch):
         "--out missing/o.mp4": "missing",
         "--out o.avi": ".mp4",
         "--out in.mp4": "not be the reference",
+        "--out same.mp4": "not be the reference",
         f"--out {'a' * 250}.mp4": "name too long",
         "--out out/p.mp4": "is a folder",
         "--out out/q.mp4": "q.latents.safetensors is a folder",
@@ -1513,6 +1512,9 @@ def test_user_errors(capsys, monkeypatch):
         "--size=-32x48": "size must be int from 32 to 10000 or None, not -32",
         "--lr 0.1 nan": "lr must be float from 0.0 to 1000000000.0, not nan",
         "--device abacus": "device abacus cannot be used",
+        "--device meta": "device meta cannot be used",
+        "--device hpu": "device hpu cannot be used",
+        "--prompt -fox": "--prompt=…",
         "--decode text.mp4": "header",
         "--decode no.safetensors": "no.safetensors",
         "--decode other.safetensors": "holds no latents of this",
@@ -1520,10 +1522,6 @@ def test_user_errors(capsys, monkeypatch):
     }
     for flags, message in cases.items():
         refused(capsys, message, *DEMO, "--ref", "in.mp4", *shlex.split(flags))
-    refused(capsys, "--ref", "--prompt", "a fox", "--model", "tiny")
-    full = shutil.disk_usage(".")._replace(free=2**26)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    refused(capsys, "128 MiB", *DEMO)
     assert sorted(Path().rglob("*")) == before
 
 

@@ -552,7 +552,6 @@ class Model(NamedTuple):
     fps: float  # frames per second of those
     defaults: dict  # its own defaults, by name of the flag
     demo: Callable | None = None  # reads the demo clip, with fastvmt.read_video's arguments; None: that
-    describe_motion: Callable | None = None  # video (3, T, H, W) -> its measured motion in words
 
 
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
