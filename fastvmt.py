@@ -495,7 +495,7 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
 
 def scratch(path):
     """A hidden folder, on the disk of a file or of what a symbolic link leads to, for what is not whole yet."""
-    return tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(os.path.realpath(path)))
+    return tempfile.TemporaryDirectory(prefix=".fastvmt-", dir=os.path.dirname(os.path.realpath(path)))
 
 
 def write_video(path, video, fps, comment=""):
