@@ -574,7 +574,7 @@ def build_parser(required=False):
     add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
-    add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
+    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, toy, or tiny (random weights)")
     add("--preset", None, "settings of the paper or of its release", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
     add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")

@@ -19,7 +19,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import fastvmt
-from test_fastvmt import DEMO, HERE, close, failing, ffmpeg, folder, levels, refused, run_main, write_clip
+from test_fastvmt import (
+    DEMO,
+    FFV1,
+    HERE,
+    close,
+    encode,
+    failing,
+    ffmpeg,
+    folder,
+    levels,
+    refused,
+    run_main,
+    write_clip,
+)  # fmt: skip
 
 assert folder  # the fixture: each test here runs in an empty folder, too
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -50,6 +63,44 @@ def test_an_animated_avif_is_not_its_still(alpha):
     assert ffmpeg("-i", "in.avif").count("Video: av1") == 2 + 2 * alpha, log  # still and animation of each
     right = levels("in.avif")[:, :, :, -8:].mean((0, 2, 3))
     close(right, torch.arange(0.0, 130, 10), 6)
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_shown_as_bt709(transfer, monkeypatch):
+    # By the formulas of ST 2084 and BT.2100: white is 203 cd/m² (BT.2408), a display of BT.709 has gamma 2.4 (BT.1886).
+    expected = np.array([[255, 255, 255], [120, 120, 120], [30, 30, 30], [200, 60, 30], [40, 160, 90], [20, 60, 220.0]])
+    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
+    light = (expected / 255) ** 2.4 @ to_2020.T * 203  # cd/m²
+    if transfer == "smpte2084":
+        power = (light / 10000) ** 0.1593017578125
+        signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    else:
+        luminance = (light @ [0.2627, 0.678, 0.0593] / 1000) ** (1 / 1.2)  # of the scene; shown is its power of 1.2
+        scene = light / 1000 / luminance[:, None] ** 0.2
+        signal = np.where(scene <= 1 / 12, (3 * scene) ** 0.5,
+                          0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)  # fmt: skip
+    frame = np.tile((signal * 65535).round().astype("<u2").repeat(16, 0), (5, 32, 1, 1))  # columns of 16 pixels
+    tags = f"setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}"
+    options = f"{FFV1}bt2020,format=yuv444p12le,{tags}".split()
+    path = encode("in.mkv", frame, *options, pixels="rgb48le")
+    seen = levels(path, size=(32, 96))[:, 0, 4:-4].unflatten(2, (6, 16))[..., 5:-5].mean((1, 3)).T
+    close(seen, torch.tensor(expected).float(), 2.1)
+
+    read = fastvmt.read_frames  # of a build without the filter
+    monkeypatch.setattr(fastvmt, "read_frames", lambda *args: read(*args[:-1], [
+        option.replace("zscale", "z_scale") for option in args[-1]]))  # fmt: skip
+    with pytest.raises(fastvmt.UserError, match="No such filter: 'z_scale'"):
+        levels(path)
+
+
+def test_interlaced_frames_have_no_combs():
+    rows, columns = np.mgrid[:96, :160]
+    fields = [128 + 100 * np.sin((columns - 8 * n) / 12) for n in range(18)]  # a pan of 8 columns a field
+    frames = np.stack([np.where(rows % 2, second, first) for first, second in zip(fields[::2], fields[1::2])])
+    frames = frames[..., None].repeat(3, 3).astype(np.uint8)
+    path = encode("in.mkv", frames, "-vf", "setfield=tff", "-c:v", "ffv1", "-pix_fmt", "yuv420p")
+    true = torch.tensor(np.stack(fields[::2])).expand(3, -1, -1, -1)
+    close(levels(path, size=(96, 160))[:, 1:-1, :, 20:-20], true[:, 1:-1, :, 20:-20].float(), 6)
 
 
 def test_files_in_a_folder_that_are_no_frames_are_told(capsys):
