@@ -10,7 +10,7 @@ Equations, sections and appendices are those of "FastVMT: Eliminating Redundancy
             x = optimize_latent(x, losses(reference, features(x, prompt)))
         x = step(velocity, x, σ, next σ)
     features = motion_features: Q and K of one DiT block → head_average → attention_motion_flow:
-        frame_pairs, tile_queries → window_centers → window_indices → window_flow, window_means
+        frame_pairs, tile_queries → window_centers → window_indices → window_flow
     losses = motion_losses: 5·amf_loss + 1·window_loss
     step = euler_step
 
@@ -20,9 +20,16 @@ P), T tokens a tile, M tokens a window. Positions are (row, column) in tokens.
 """
 
 import math
+import os
+import signal
+import sys
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("fastvmt: interrupted"))  # until all is imported
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -152,32 +159,25 @@ def window_indices(centers, grid, size):
     return (rows[..., :, None] * grid[1] + cols[..., None, :]).flatten(-2)
 
 
-def window_means(K, corners, targets, size):
-    """Mean key K̄ (P, N, D) of windows (App. B.4) whose first tokens are corners (P, N) of frames targets (P,)."""
-    rows, cols = row_column(corners, K.shape[2]).unbind(-1)  # (P, N) each
-    K = rearrange(K, "f h w d -> f d h w")
-    # Two box filters, for every possible window, are cheaper than the P·N means one by one.
-    means = avg_pool2d(K, (size[0], 1), stride=1)  # (F, D, H−l+1, W)
-    means = avg_pool2d(means, (1, size[1]), stride=1)  # (F, D, H−l+1, W−l+1)
-    return rearrange(means, "f d h w -> f h w d")[targets[:, None], rows, cols]
-
-
 def window_attention(queries, K, anchors, targets, windows, tau):
-    """Attention of queries (F, N, T, D) of frames i (P,) over windows (P, N, M) of K (F, H, W, D): (P, N, M, T)."""
+    """Attention (P, N, M, T) of queries (F, N, T, D) of frames i (P,) over windows (P, N, M) of frames j (P,) of K.
+
+    K (F, H, W, D). Returns the windows' keys (P, N, M, D), too.
+    """
     _, H, W, D = K.shape
     # embedding, unlike indexing, scatters the many repeated gradients back fast.
     keys = embedding(targets[:, None, None] * (H * W) + windows, K.flatten(0, 2))  # (P, N, M, D)
     # m before t: the gradient of the keys comes out in their own memory order.
     logits = einsum(keys, queries[anchors], "p n m d, p n t d -> p n m t")
-    return (logits * (tau / D**0.5)).softmax(-2)
+    return (logits * (tau / D**0.5)).softmax(-2), keys
 
 
 def window_flow(queries, K, anchors, targets, windows, tokens, tau):
-    """Flow Δ_ij (P, N, T, 2): the mean position under window_attention minus the token's own, tokens (N, T, 2)."""
-    attention = window_attention(queries, K, anchors, targets, windows, tau)  # (P, N, M, T)
+    """Flow Δ_ij (P, N, T, 2), the mean position under attention minus that of tokens (N, T, 2), and K̄ (P, N, D)."""
+    attention, keys = window_attention(queries, K, anchors, targets, windows, tau)
     # Absolute positions: window-relative ones would lose the motion of the window itself.
     positions = row_column(windows, K.shape[2]).to(attention.dtype)  # (P, N, M, 2)
-    return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens
+    return einsum(attention, positions, "p n m t, p n m c -> p n t c") - tokens, keys.mean(-2)
 
 
 def frame_flow(Q, K, anchors, targets, tau):
@@ -216,16 +216,15 @@ def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, cent
         representatives = tile_queries(Q, tile)  # (F, N, D)
         positions = row_column(torch.arange(H * W, device=Q.device), W).view(1, H, W, 2)  # (1, H, W, 2)
         tokens = tile_tokens(positions, tile)[0]  # (N, T, 2)
-        flows, corners = [], []
+        readings = []
         for i, j in pairs:
             with torch.no_grad():
                 centers = window_centers(representatives[i], K[j], tau=tau, center=center)  # (chunk, N, 2)
                 windows = window_indices(centers, (H, W), size)  # (chunk, N, M)
-            flows.append(recompute(window_flow, queries, K, i, j, windows, tokens, tau, use_reentrant=False,
-                                   preserve_rng_state=False))  # (chunk, N, T, 2)  # fmt: skip
-            corners.append(windows[..., 0])  # (chunk, N)
-        key_mean = window_means(K, torch.cat(corners), targets, size)  # (P, N, D)
-        return untile_tokens(torch.cat(flows), tile, (H, W)), key_mean  # flow (P, H, W, 2)
+            readings.append(recompute(window_flow, queries, K, i, j, windows, tokens, tau, use_reentrant=False,
+                                      preserve_rng_state=False))  # fmt: skip
+        flow, key_mean = map(torch.cat, zip(*readings))  # (P, N, T, 2), (P, N, D)
+        return untile_tokens(flow, tile, (H, W)), key_mean  # flow (P, H, W, 2)
 
 
 # ---- Losses and step-skip optimizer (Secs. 3.3 and 3.4) ----
@@ -398,21 +397,19 @@ import importlib
 import inspect
 import json
 import logging
-import os
 import re
-import shutil
-import sys
+import tempfile
 from collections import deque
 from itertools import count, islice
 from pathlib import Path
-from types import UnionType
 
 import numpy as np
+from filelock import FileLock, Timeout
 from imageio.v3 import imwrite
 from imageio_ffmpeg import count_frames_and_secs, read_frames
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from tqdm import tqdm
 
 import wan_min
@@ -426,7 +423,10 @@ def open_video(path, options, filters):
     """A video's description, and its frames as RGBA bytes."""
     source = DEMO if path == "demo" else os.path.abspath(path)  # else a name may be read as a URL
     inputs = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
-    outputs = ["-map", "0:V:0", "-sws_flags", SCALER, "-vf", ",".join(["scale=iw*sar:ih", *filter(None, filters)])]
+    # An AVIF's stills, which have no language, come first, and an alpha's animation last.
+    streams = ["0:V:m:language", "-map", "-0:3"] if source.lower().endswith(".avif") else ["0:V:0"]
+    filters = ",".join(["scale=iw*sar:ih", *filter(None, filters)])
+    outputs = ["-map", *streams, "-sws_flags", SCALER, "-vf", filters]
     try:
         frames = read_frames(source, "rgba", 4, inputs, outputs)
         return next(frames), frames
@@ -437,7 +437,7 @@ def open_video(path, options, filters):
 
 
 def decode_frames(path, size, fps, start, turn):
-    """A video's frames, covering the size: generator of RGBA (H, W, 4)."""
+    """A video's own rate, and its frames at fps, covering the size: iterator of RGBA (H, W, 4)."""
     seek = max(start - 10, 0) if re.search(r"(?i)\.(mp4|mov|mkv|webm)$", str(path)) else 0  # others may lack an index
     options = ["-f", "lavfi"] if path == "demo" else []
     options += ["-ss", f"{seek:f}"] if seek else []
@@ -462,13 +462,19 @@ def decode_frames(path, size, fps, start, turn):
         f"scale=max({cols}\\,round({rows}*a)):max({rows}\\,round({cols}/a)),format=rgba,crop={cols}:{rows}",
     ]
     _, frames = open_video(path, options, filters)
-    for frame in islice(frames, int(skipped), None):
-        yield np.frombuffer(frame, np.uint8).reshape(rows, cols, 4)
+    frames = islice(frames, int(skipped), None)
+    return about["fps"], (np.frombuffer(frame, np.uint8).reshape(rows, cols, 4) for frame in frames)
 
 
 def read_pictures(path, size, fps, start, turn):
-    """The same of a folder's pictures, one a frame."""
-    files = [file for file in Path(path).glob("[!.]*") if file.suffix.lower() in Image.registered_extensions()]
+    """The same frames of a folder's pictures, one a frame."""
+    files, others = [], []
+    for file in Path(path).glob("[!.]*"):
+        (files if file.suffix.lower() in Image.registered_extensions() else others).append(file)
+    if others:
+        print(f"skipped in {path}: {len(others)} files that Pillow does not read, as {others[0].name}")
+    if len({file.stem for file in files}) < len(files):
+        print(f"some files in {path} differ in their ending only: each is read as a frame")
     files.sort(key=lambda file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)])
     for n, file in enumerate(files[round(start * fps) :]):
         try:
@@ -487,41 +493,55 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     reference if `turn`. Raises UserError, also for under 5 frames.
     """
     if path == "demo" or os.path.isfile(path):
-        frames = decode_frames(path, size, fps, start, turn)
+        rate, frames = decode_frames(path, size, fps, start, turn)
     elif os.path.isdir(path):
-        frames = read_pictures(path, size, fps, start, turn)
+        rate, frames = fps, read_pictures(path, size, fps, start, turn)
     else:
         raise UserError(f"cannot read the reference {path} (not a file or a folder)")
     frames = list(islice(frames, num_frames))
     if len(frames) < 5:
-        raise UserError(f"reference {path} has {len(frames)} frames from {start:g} s at --fps {fps:g}, fewer than 5")
+        count = f"{len(frames)} frames from {start:g} s at --fps {fps:g}, fewer than 5"
+        raise UserError(f"reference {path} has {count}; its own rate is {rate:g}")
     frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1]))
     color, alpha = rearrange(frames, "t h w c -> 1 c t h w").split([3, 1], dim=1)
     return (color / 127.5 - 1) * (alpha / 255)  # on mid grey
 
 
-def partial_path(path):
-    path = Path(os.path.realpath(path))  # a symbolic link's target
-    return path.with_name(f".{path.stem}.partly-written.mp4")
+def scratch(path):
+    """A hidden folder, on the disk of a file or of what a symbolic link leads to, for what is not whole yet."""
+    return tempfile.TemporaryDirectory(prefix=".fastvmt-", dir=os.path.dirname(os.path.realpath(path)))
 
 
 def write_video(path, video, fps, comment=""):
     """Write (1, 3, T, H, W) in [-1, 1] as H.264 mp4, the whole or nothing. Raises UserError."""
-    if not video.isfinite().all():
-        raise UserError(f"cannot write {path} (the video is not finite)")
     frames = rearrange(video[0], "c t h w -> t h w c")
     frames = [((frame.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy() for frame in frames]
     color = f"scale=out_color_matrix=bt709:out_range=tv:flags={SCALER},setparams=color_primaries=bt709:color_trc=bt709"
-    options = ["-vf", color, "-crf", "17", "-movflags", "+faststart", "-metadata", f"comment={comment}"]
-    part = partial_path(path)
     try:
-        imwrite(part, frames, plugin="FFMPEG", fps=fps, macro_block_size=1, output_params=options)
-        count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
-        part.replace(os.path.realpath(path))
+        with scratch(path) as folder:
+            part, text = Path(folder, "video.mp4"), Path(folder, "comment")
+            text.write_bytes(os.fsencode(f"comment={comment}"))  # it may be too long for a command line
+            options = ["-vf", color, "-crf", "17", "-movflags", "+faststart", "-/metadata", str(text)]
+            imwrite(part, frames, plugin="FFMPEG", fps=fps, macro_block_size=1, output_params=options)
+            count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
+            part.replace(os.path.realpath(path))
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); is the disk full?") from None
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def keep_latents(path, latents):
+    """Save latents, the whole or nothing, or else as a temporary file. Returns the path. Raises OSError."""
+    data = save({"result": latents.cpu()})
+    try:
+        with scratch(path) as folder:
+            part = Path(folder, path.name)
+            part.write_bytes(data)
+            part.replace(path)
+    except OSError as error:
+        print(f"cannot write {path}, {len(data)} bytes ({error.strerror})")
+        path = Path(tempfile.gettempdir(), f"{os.getpid()}.{path.name}")
+        path.write_bytes(data)
+    return path
 
 
 # ---- Command line ----
@@ -547,33 +567,33 @@ def number_or_word(text):
     return None if text == "none" else text
 
 
-def build_parser():
+def build_parser(required=False):
     parser = argparse.ArgumentParser("fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.description = "Give a video of the prompt the motion of a reference video."
 
     def error(message):
-        raise UserError(message)
+        raise UserError(message.replace("one argument", "one argument; if that begins with a dash, --prompt=…"))
 
     def add(name, default, text, **options):
         if default is False:
             options.setdefault("action", "store_true")
-        elif isinstance(default, tuple):
-            options |= {"type": number_or_word, "nargs": len(default) or "*"}
-        elif isinstance(default, (int, float)):
-            options.setdefault("type", type(default))
+        elif isinstance(default, (int, float, tuple)):
+            options["type"] = number_or_word
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
     parser.error = error
-    add("--ref", None, "reference: a video, a folder of pictures, or 'demo'")
-    add("--prompt", None, "what the new video shows")
+    add("--ref", None, "reference: a video, a folder of pictures, or 'demo'", required=required)
+    add("--prompt", None, "what the new video shows", required=required)
     add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
-    add("--model", "1.3B", "1.3B, 14B, a folder, a hub repo id, toy, or tiny (random weights)")
+    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, toy, or tiny (random weights)")
     add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
     add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", None, "of reference and result; else the model's own", type=float)
+    add("--fps", None, "of reference and result; else the model's own", type=number_or_word)
     add("--start", 0.0, "seconds into the reference")
     add("--seed", 0, "of the initial noise, the same on every device")
     add("--no-transfer", False, "generate plainly, from pure noise")
@@ -591,8 +611,7 @@ def build_parser():
     add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     for f in fields(MotionConfig):
-        options = {"type": number_or_word} if isinstance(f.type, UnionType) else {}
-        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""), **options)
+        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
     return parser
 
 
@@ -610,13 +629,14 @@ def parse_arguments(argv, parser=None, **options):
 
     args, _ = parse()  # what is wrong in itself is reported before a model is looked for
     try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
+        probe = torch.ones(1, device=args.device)
+        probe.item()  # "meta" has none
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
-    full = args.dtype == "fp32" or args.dtype is None and device.type == "cpu"
+    full = args.dtype == "fp32" or args.dtype is None and probe.is_cpu
     dtype = torch.float32 if full else torch.bfloat16
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
-    model = source.open_model(args.model, device, dtype, offload=args.offload, **options)
+    model = source.open_model(args.model, probe.device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args, config = parse()
     check_limits(vars(args), block=(1, model.blocks))
@@ -632,21 +652,18 @@ def canvas(args, model):
 
 def check_arguments(args, kept):
     """UserError or OSError for what is wrong before anything is loaded."""
-    if args.ref is None or not (args.prompt or "").strip() or len(args.prompt + args.negative_prompt) > 10_000:
-        raise UserError("--ref or --prompt is missing, or the prompt is empty or over 10,000 characters")
+    if not args.prompt.strip() or len(args.prompt + args.negative_prompt) > 10_000:
+        raise UserError("the prompt is empty or over 10,000 characters")
     if args.compile and args.offload:
         raise UserError("--compile and --offload exclude each other")
-    if args.out.suffix.lower() != ".mp4" or os.path.realpath(args.ref) == os.path.realpath(args.out):
+    same = os.path.exists(args.ref) and os.path.exists(args.out) and os.path.samefile(args.ref, args.out)
+    if args.out.suffix.lower() != ".mp4" or same:
         raise UserError("--out must end in .mp4, and not be the reference")
     for path in (kept, args.out):
-        partial_path(path).touch()  # OSError where it cannot be written
-        partial_path(path).unlink()
         if path.is_dir():
             raise UserError(f"{path} is a folder")
-    if kept.exists() and not args.decode:
-        raise UserError(f"{kept} is what a stopped run kept: --decode, move or delete it")
-    if shutil.disk_usage(kept.absolute().parent).free < 2**27:
-        raise UserError(f"less than 128 MiB are free beside {kept}")
+        with scratch(path):  # OSError where nothing can be written
+            pass
 
 
 def reuse_velocities(step, guided, interval):
@@ -703,6 +720,22 @@ def run(args, config, model, **seams):
     """From reference to written video; seams: features, losses and step of `sample`."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
+    lock = kept.with_name(f".{kept.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):  # lifted with its process, too
+            try:
+                transfer(args, config, model, kept, **seams)
+            finally:
+                with suppress(OSError):  # Windows unlinks it itself
+                    lock.unlink()
+    except Timeout:
+        raise UserError(f"another run is writing {kept}: give another --out") from None
+
+
+def transfer(args, config, model, kept, **seams):
+    """run, which keeps its latents in a file meanwhile."""
+    if kept.exists() and not args.decode:
+        raise UserError(f"{kept} is what a stopped run kept: --decode, move or delete it")
     size, turn = canvas(args, model)
     fps = args.fps or model.fps
     read = args.ref == "demo" and model.demo or read_video
@@ -735,8 +768,7 @@ def run(args, config, model, **seams):
             block.compile()
         latents = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference, **seams)
         del dit  # the decoder needs the memory
-        save_file({"result": latents.cpu()}, partial_path(kept))
-        partial_path(kept).replace(kept)  # a file that is there is whole
+        kept = keep_latents(kept, latents)
         print(f"latents kept in {kept}; if decoding fails, the same flags and --decode {kept} finish it")
     result = codec.decode(latents, progress=progress)
     record = vars(args) | dict(program="FastVMT", torch=torch.__version__, vae_tiles=codec.vae_tiles, ai_generated=True)
@@ -744,8 +776,6 @@ def run(args, config, model, **seams):
     write_video(args.out, result, fps, json.dumps(record, default=os.path.basename))
     kept.unlink()
     print(f"wrote {args.out}")
-    for name, clip in {"reference": video, "result": result}.items() if model.describe_motion else ():
-        print(f"motion of the {name}: {model.describe_motion(clip[0].cpu())}")
 
 
 def explain(error):
@@ -761,18 +791,25 @@ def explain(error):
 
 def main(argv=None, **seams):
     """The command line; seams as of `run`. Returns the exit code."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # a windowed Python has none
     try:
-        run(*parse_arguments(argv), **seams)
+        run(*parse_arguments(argv, build_parser(required=True)), **seams)
         return 0
     except BrokenPipeError:  # as of `| head`
-        os._exit(1)
+        return 1
     except BaseException as error:
         code, text = explain(error)
-    print(f"fastvmt: {text}", file=sys.stderr)
-    return code
+        print(f"fastvmt: {text}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace", line_buffering=True)  # a console may not know σ
-    sys.exit(main())
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace", line_buffering=True)  # a console may not know σ
+    code = 130
+    with suppress(KeyboardInterrupt):  # the second one
+        code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

@@ -538,7 +538,7 @@ def test_the_papers_shape_takes_no_more_memory_than_told():
         forward = tensors.peak
         torch.autograd.grad(flow.sum() + key_mean.sum(), (Q, K))
     assert flow.shape == (95 - 5, 30, 52, 2) and key_mean.shape == (90, 130, 128)
-    assert forward < 7 * 2**25 and tensors.peak < 11 * 2**25  # three pairs at a time: 90 MB of keys
+    assert forward < 7 * 2**25 and tensors.peak < 12 * 2**25  # three pairs at a time: 90 MB of keys
 
 
 # ---- Model: DiT, on random weights under the official names ----------------------------------------------------------
@@ -835,7 +835,7 @@ def write_tokenizer(path):
 
 
 DIT_FILE = "diffusion_pytorch_model.safetensors"
-TEXT_ENCODER = dict(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
+TEXT_ENCODER = dict(vocab=298, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
 
 
 def write_checkpoint(path, shards=0):
@@ -844,13 +844,13 @@ def write_checkpoint(path, shards=0):
     parts = {DiT: arguments, VAE: vae, TextEncoder: TEXT_ENCODER}
     modules = {cls: perturbed(random_model(cls, sizes, seed=7)) for cls, sizes in parts.items()}
     weights, folder = modules[DiT].state_dict(), Path(path)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     names = sorted(weights)
     for n in range(shards or 1):
         file = f"diffusion_pytorch_model-{n + 1:05}-of-{shards:05}.safetensors" if shards else DIT_FILE
         save_file({name: weights[name] for name in names[n :: shards or 1]}, folder / file)
     official = {"in_dim": 16, "out_dim": 16, "eps": 1e-6, "text_len": 512, "model_type": "t2v"}
-    (folder / "config.json").write_text(json.dumps(arguments | official | {"vae": vae, "text_encoder": TEXT_ENCODER}))
+    (folder / "config.json").write_text(json.dumps(arguments | official | {"VAE": vae, "TextEncoder": TEXT_ENCODER}))
     torch.save(modules[VAE].state_dict(), folder / VAE_FILE)
     torch.save(modules[TextEncoder].state_dict(), folder / TEXT_FILE)
     write_tokenizer(folder / TOKENIZER_FILE)
@@ -871,10 +871,18 @@ def test_without_config_the_width_tells_the_layout(monkeypatch, model):
         wan_min.load(DiT, Path("model"), "meta")
 
 
-@pytest.mark.parametrize("shards, offload", [(0, False), (3, True)])
-def test_a_checkpoint_gives_its_modules(shards, offload):
-    modules, counts = write_checkpoint("model", shards), []
-    model = open_model("model", "cpu", torch.bfloat16, offload=offload)
+@pytest.mark.parametrize("shards, prefix", [(0, None), (3, None), (0, ""), (0, "model.diffusion_model.")])
+def test_a_checkpoint_gives_its_modules(monkeypatch, shards, prefix):
+    modules, counts, name, offload = write_checkpoint("model", shards), [], "model", shards > 0
+    for kind in ("_old", ".fp16"):
+        other = {key: p + 1 for key, p in modules[DiT].state_dict().items()}
+        save_file(other, f"model/diffusion_pytorch_model{kind}.safetensors")
+    if prefix is not None:
+        name = "model/wan2.1.safetensors"
+        save_file({prefix + key: p for key, p in load_file(f"model/{DIT_FILE}").items()}, name)
+        os.remove(f"model/{DIT_FILE}")
+        monkeypatch.setitem(wan_min.ARCHITECTURES, "1.3B", wan_min.ARCHITECTURES["tiny"])
+    model = open_model(name, "cpu", torch.bfloat16, offload=offload)
     assert model[4:7] == (((480, 832), (832, 480)), 81, 16.0) and model.blocks == 4
     assert model.defaults == {"negative_prompt": wan_min.NEGATIVE_PROMPT}
     tokenizer = Tokenizer.from_file(f"model/{TOKENIZER_FILE}")
@@ -924,10 +932,16 @@ def test_models_of_random_weights():
 def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
     text = write_checkpoint("good")[TextEncoder].state_dict()
     fp8 = text | {"norm.weight": text["norm.weight"].to(torch.float8_e4m3fn)}
+    shard = "diffusion_pytorch_model-00002-of-00002.safetensors"
     lost = ["blocks.1.modulation", "blocks.2.ffn.0.weight", "blocks.3.ffn.0.weight", "head.head.bias"]
 
     def lose(names):
         save_file({name: p for name, p in load_file(DIT_FILE).items() if name not in names}, DIT_FILE)
+
+    def retoken(end, tokens):
+        tokenizer = Tokenizer.from_str(Path(TOKENIZER_FILE).read_text().replace("</s>", end))
+        tokenizer.add_tokens(tokens)
+        tokenizer.save(TOKENIZER_FILE)
 
     def cut(name, keep=0.7):
         data = Path(name).read_bytes()
@@ -936,16 +950,16 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
     cases = [  # what the message must say, and what is done in the folder
         ('Missing key(s) in state_dict: "{}", "{}", "{}", "head.'.format(*lost), lose, lost),
         ("'i2v' model", Path("config.json").write_text, '{"model_type": "i2v"}'),
-        ("is a Diffusers checkpoint: only the official layout can be read, as Wan-AI/Wan2.1-T2V-1.3B", os.rename,
-         VAE_FILE, "model_index.json"),
-        ("with an fp8 text encoder", os.rename, TEXT_FILE, "models_t5_umt5-xxl-enc-fp8.pth"),
-        ("is in fp8", torch.save, fp8, TEXT_FILE),
-        ("without diffusion_pytorch_model*.safetensors", os.remove, DIT_FILE),
-        ("without google/umt5-xxl/tokenizer.json", os.remove, TOKENIZER_FILE),
-        ("Wan2.1_VAE.pth is damaged (Weights only", torch.save, {"a": Path()}, VAE_FILE),
-        *((f"{name} is damaged", cut, name)
-          for name in ("config.json", DIT_FILE, VAE_FILE, TOKENIZER_FILE)),
-        (f"{TEXT_FILE} is damaged", cut, TEXT_FILE, 0.0),
+        ("is in fp8: only the official layout can be read, as Wan-AI", torch.save, fp8, TEXT_FILE),
+        ("without diffusion_pytorch_model*.safetensors", os.rename, DIT_FILE, "lora.safetensors"),
+        ("without the google/umt5-xxl/tokenizer.json", retoken, "<e>", []),
+        ("umt5-xxl/tokenizer.json of models_t5", retoken, "</s>", ["more"]),
+        ("-00001-of-00002.safetensors is missing", os.rename, DIT_FILE, shard),
+        ("holds its DiT twice", shutil.copy, DIT_FILE, shard.replace("2", "1")),
+        ("VAE.pth is missing or damaged (Weights only", torch.save, {"a": Path()}, VAE_FILE),
+        *((f"{name} is missing", os.remove, name) for name in (VAE_FILE, TOKENIZER_FILE)),
+        *((f"{name} is missing", cut, name) for name in ("config.json", DIT_FILE, VAE_FILE, TOKENIZER_FILE)),
+        (f"{TEXT_FILE} is missing", cut, TEXT_FILE, 0.0),
     ]  # fmt: skip
     for n, (message, spoil, *args) in enumerate(cases):
         shutil.copytree(tmp_path / "good", tmp_path / str(n))
@@ -956,34 +970,38 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_no_checkpoint_are_explained():
-    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(1)}, "motion.safetensors")
+def test_names_that_are_no_checkpoint_are_explained(monkeypatch):
+    monkeypatch.setitem(wan_min.ARCHITECTURES, "1.3B", wan_min.ARCHITECTURES["tiny"])
+    weights = write_checkpoint("cache/snapshots/0")[DiT].state_dict()
+    save_file(weights, "Wan2_2.safetensors")
+    save_file({"q.lora_A.weight": torch.ones(1)}, "lora.safetensors")
+    save_file({"scaled_fp8": torch.ones(1).to(torch.float8_e4m3fn)}, "fp8.safetensors")
+    save_file(weights | {"patch_embedding.weight": torch.ones(96, 36, 1, 2, 2)}, "i2v.safetensors")
     Path("wan.gguf").touch()
-    Path("models").mkdir()
-    Path("bare").mkdir()
-    Path("bare/config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
+    Path("models/loras").mkdir(parents=True)
     for name, message in {
-        "bare": "bare is a Diffusers checkpoint",
-        "motion.safetensors": "motion.safetensors is a LoRA: .* Wan-AI/Wan2.1-T2V-1.3B", "wan.gguf": "is a GGUF",
-        "models/foo": "unknown model 'models/foo'", "nowhere/wan.safetensors": "unknown model",
-        "a/b/c": "unknown model", "~/wan": "unknown model", "nonsense": "unknown model 'nonsense': .*1.3B, 14B, tiny",
+        "lora.safetensors": "is not Wan 2.1's DiT .*Missing.*the official layout.* Wan-AI/Wan2.1-T2V-1.3B, .*LoRA",
+        "wan.gguf": "not a .safetensors", "Wan2_2.safetensors": "not .* of Wan 2.1",
+        "i2v.safetensors": "is not Wan 2.1's DiT .*96, 36, 1", "fp8.safetensors": "is in fp8",
+        "models": "models is without diffusion_", "cache": "cache: give --model cache/snapshots/0$",
+        "nowhere/wan.safetensors": "unknown model", "a/b/c": "unknown", "~/wan": "unknown",
+        "nonsense": "unknown model 'nonsense': .*1.3B, 14B, tiny",
     }.items():  # fmt: skip
         with pytest.raises(ModelError, match=message):
             open_model(name)
 
 
-def fake_hub(monkeypatch, files=(), fail=None):
+def fake_hub(monkeypatch, folder="model", fail=None):
     """What open_model asks huggingface_hub for: a list of calls. `fail` is raised where the network is needed."""
     calls = []
 
-    def call(name, repo, **options):
-        calls.append((name, repo, options))
+    def call(repo, allow_patterns):
+        calls.append((repo, allow_patterns))
         if fail:
             raise fail
-        return files if name == "list_repo_files" else "model"
+        return folder
 
-    for name in ("list_repo_files", "snapshot_download"):
-        monkeypatch.setattr(f"huggingface_hub.{name}", partial(call, name))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", call)
     return calls
 
 
@@ -995,16 +1013,22 @@ def test_weights_from_the_hub(monkeypatch):
     for name, repo in (("14B", "Wan-AI/Wan2.1-T2V-14B"), ("some/repo", "some/repo")):
         calls.clear()
         model = open_model(name)
-        assert model.blocks == 4 and calls == [("snapshot_download", repo, {"allow_patterns": "config.json"})]
+        assert model.blocks == 4 and calls == [(repo, ("config.json",))]
         model.load_codec(), model.load_dit(), model.encode_prompts(["a"])
-        assert [call[:2] for call in calls[1:]] == [("snapshot_download", repo)]  # once, when needed
+        assert [call[0] for call in calls[1:]] == [repo]  # once, when needed
     needed = ["config.json", "diffusion_pytorch_model-00001-of-00006.safetensors", "Wan2.1_VAE.pth",
               "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"]  # fmt: skip
     official = [*needed, "README.md", "diffusion_pytorch_model.safetensors.index.json"]
-    assert list(filter_repo_objects(official, allow_patterns=calls[-1][2]["allow_patterns"])) == needed
+    assert list(filter_repo_objects(official, allow_patterns=calls[-1][1])) == needed
     assert wan_min.REPOS[fastvmt.build_parser().get_default("model")] == "Wan-AI/Wan2.1-T2V-1.3B"
+    shutil.copy(f"model/{DIT_FILE}", "lone.safetensors")
+    monkeypatch.setitem(wan_min.ARCHITECTURES, "1.3B", wan_min.ARCHITECTURES["tiny"])
+    model = open_model("lone.safetensors")
+    model.load_codec(), model.load_dit(), model.encode_prompts(["a"])
+    assert calls[-1][0] == "Wan-AI/Wan2.1-T2V-1.3B"
+    assert list(filter_repo_objects(official, allow_patterns=calls[-1][1])) == needed[:1] + needed[2:]  # no DiT
     Path("model", VAE_FILE).write_text("")
-    with pytest.raises(ModelError, match="Wan2.1_VAE.pth is damaged"):
+    with pytest.raises(ModelError, match="Wan2.1_VAE.pth is missing"):
         open_model("some/repo").load_dit()  # all parts are checked before one is read
 
 
@@ -1016,12 +1040,9 @@ def test_failures_of_the_hub_are_told_with_the_way_out(monkeypatch):
         fake_hub(monkeypatch, fail=error)
         with pytest.raises(ModelError, match=f"^owner/name .*{message}"):
             open_model("owner/name")
-    for file, kind in {"transformer/config.json": "Diffusers", "high_noise_model/config.json": "Wan 2.2",
-                       "Wan2_1_bf16.safetensors": "repackaged", "a.txt": "not a checkpoint"}.items():  # fmt: skip
-        calls = fake_hub(monkeypatch, files=["README.md", file])
-        with pytest.raises(ModelError, match=f"owner/name is .*{kind}.*Wan-AI/Wan2.1-T2V-1.3B"):
-            open_model("owner/name")
-        assert [call[0] for call in calls] == ["snapshot_download", "list_repo_files"]
+    fake_hub(monkeypatch, ".")
+    with pytest.raises(ModelError, match="owner/name is without config.json"):
+        open_model("owner/name")
 
 
 def test_hub_cache_is_used_offline():
@@ -1213,44 +1234,6 @@ def test_colours_of_all_kinds(kind):
     close(torch.stack([half[..., 3:-3].mean((1, 2, 3)) for half in halves]), expected, 1.6)
 
 
-@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
-def test_hdr_is_shown_as_bt709(transfer, monkeypatch):
-    # By the formulas of ST 2084 and BT.2100: white is 203 cd/m² (BT.2408), a display of BT.709 has gamma 2.4 (BT.1886).
-    expected = np.array([[255, 255, 255], [120, 120, 120], [30, 30, 30], [200, 60, 30], [40, 160, 90], [20, 60, 220.0]])
-    to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
-    light = (expected / 255) ** 2.4 @ to_2020.T * 203  # cd/m²
-    if transfer == "smpte2084":
-        power = (light / 10000) ** 0.1593017578125
-        signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
-    else:
-        luminance = (light @ [0.2627, 0.678, 0.0593] / 1000) ** (1 / 1.2)  # of the scene; shown is its power of 1.2
-        scene = light / 1000 / luminance[:, None] ** 0.2
-        signal = np.where(scene <= 1 / 12, (3 * scene) ** 0.5,
-                          0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073)  # fmt: skip
-    frame = np.tile((signal * 65535).round().astype("<u2").repeat(16, 0), (5, 32, 1, 1))  # columns of 16 pixels
-    tags = f"setparams=range=tv:colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}"
-    options = f"{FFV1}bt2020,format=yuv444p12le,{tags}".split()
-    path = encode("in.mkv", frame, *options, pixels="rgb48le")
-    seen = levels(path, size=(32, 96))[:, 0, 4:-4].unflatten(2, (6, 16))[..., 5:-5].mean((1, 3)).T
-    close(seen, torch.tensor(expected).float(), 2.1)
-
-    read = fastvmt.read_frames  # of a build without the filter
-    monkeypatch.setattr(fastvmt, "read_frames", lambda *args: read(*args[:-1], [
-        option.replace("zscale", "z_scale") for option in args[-1]]))  # fmt: skip
-    with pytest.raises(fastvmt.UserError, match="No such filter: 'z_scale'"):
-        levels(path)
-
-
-def test_interlaced_frames_have_no_combs():
-    rows, columns = np.mgrid[:96, :160]
-    fields = [128 + 100 * np.sin((columns - 8 * n) / 12) for n in range(18)]  # a pan of 8 columns a field
-    frames = np.stack([np.where(rows % 2, second, first) for first, second in zip(fields[::2], fields[1::2])])
-    frames = frames[..., None].repeat(3, 3).astype(np.uint8)
-    path = encode("in.mkv", frames, "-vf", "setfield=tff", "-c:v", "ffv1", "-pix_fmt", "yuv420p")
-    true = torch.tensor(np.stack(fields[::2])).expand(3, -1, -1, -1)
-    close(levels(path, size=(96, 160))[:, 1:-1, :, 20:-20], true[:, 1:-1, :, 20:-20].float(), 6)
-
-
 def test_rate_and_pixels_are_of_one_stream():
     small = write_clip("small.mp4")
     large = write_clip("large.mp4", 60, (96, 160), fps=30)
@@ -1329,7 +1312,7 @@ def test_names_and_unreadable_references(monkeypatch):
         refused(r"\(.*Invalid data", name)
     refused(r"\(.*matches no streams", "mirror.mp4")
     refused("has 0 frames from 9.5 s", "in.mp4", start=9.5)
-    refused("2 frames from 0 s at --fps 16,", "burst.mp4", fps=16)
+    refused("2 frames from 0 s at --fps 16, .* own rate is 60", "burst.mp4", fps=16)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     refused("No such file.*/nowhere/ffmpeg", "in.mp4")
 
@@ -1359,8 +1342,9 @@ def test_video_survives_writing(capfd):
     link, out = Path("link.mp4"), Path("folder/o.mp4")
     link.symlink_to("folder/o.mp4")  # is written through, also where it leads to nothing yet
     out.parent.mkdir()
-    assert fastvmt.partial_path(link).parent == out.parent.resolve()  # on one disk
-    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 900, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
+    with fastvmt.scratch(link) as scratch:
+        assert Path(scratch).parent == out.parent.resolve()  # on one disk
+    comment = json.dumps({"prompt": "狐 = a; # \\ 'b'\n" * 9000, "ref": "caf\udce9.mp4"}, ensure_ascii=False)
     fastvmt.write_video(link, SMOOTH, 24, comment)
     assert link.is_symlink() and os.listdir(out.parent) == ["o.mp4"]
     assert metadata_of(out) == json.loads(comment)
@@ -1382,16 +1366,12 @@ def test_a_failure_to_write_leaves_the_old_video(monkeypatch):
     script = Path("ffmpeg").absolute()
     script.touch(0o755)
 
-    def refused(message, path="o.mp4", video=SMOOTH):
+    def refused(message, path="o.mp4"):
         with pytest.raises(fastvmt.UserError, match=message):
-            fastvmt.write_video(path, video, 24)
+            fastvmt.write_video(path, SMOOTH, 24)
         assert sorted(os.listdir()) == ["ffmpeg", "in_the_way.mp4", "o.mp4"]
         assert Path("o.mp4").read_text() == "an older result"
 
-    for value in (math.nan, math.inf):
-        broken = SMOOTH.clone()
-        broken[0, 1, 8, 3, 5] = value
-        refused("finite", video=broken)
     refused("Is a directory.*in_the_way", "in_the_way.mp4")
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
     for body in ("exit 1", f"ulimit -f {limit}; trap '' XFSZ; exec {real} \"$@\""):  # as on a full disk
@@ -1540,6 +1520,7 @@ def test_a_step_may_ask_twice_for_velocities():
 
 def test_user_errors(capsys, monkeypatch):
     write_clip("in.mp4")
+    os.link("in.mp4", "same.mp4")
     write_clip("short.mp4", num_frames=3, fps=16)
     Path("text.mp4").write_text("no video")
     for name in ("empty", "out/p.mp4", "out/q.latents.safetensors"):
@@ -1555,18 +1536,19 @@ def test_user_errors(capsys, monkeypatch):
         "--ref empty": "0 frames",
         "--ref short.mp4": "3 frames",
         "--start 1": "from 1 s",
-        "--prompt ' '": "prompt is missing, or the prompt is empty",
+        "--prompt ' '": "the prompt is empty",
         "--prompt " + "fox" * 3334: "characters",
         "--size axb": "HxW",
         "--no-such-flag": "--no-such-flag",
         "--model nonsense": "unknown model 'nonsense'",
         "--model nonsense --steps 0": "steps must",  # before the hub is asked
-        "--model empty": "without diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5",
+        "--model empty": "without diffusion_pytorch_model*.safetensors",
         "--block 5": "block must be int from 1 to 4, not 5",
         "--ref-noise 2": "ref_noise must be float from 0.0 to 1.0 or 'match', not 2",
         "--out missing/o.mp4": "missing",
         "--out o.avi": ".mp4",
         "--out in.mp4": "not be the reference",
+        "--out same.mp4": "not be the reference",
         f"--out {'a' * 250}.mp4": "name too long",
         "--out out/p.mp4": "is a folder",
         "--out out/q.mp4": "q.latents.safetensors is a folder",
@@ -1577,6 +1559,9 @@ def test_user_errors(capsys, monkeypatch):
         "--size=-32x48": "size must be int from 32 to 10000 or None, not -32",
         "--lr 0.1 nan": "lr must be float from 0.0 to 1000000000.0, not nan",
         "--device abacus": "device abacus cannot be used",
+        "--device meta": "device meta cannot be used",
+        "--device hpu": "device hpu cannot be used",
+        "--prompt -fox": "--prompt=…",
         "--decode text.mp4": "header",
         "--decode no.safetensors": "no.safetensors",
         "--decode other.safetensors": "holds no latents of this",
@@ -1584,10 +1569,6 @@ def test_user_errors(capsys, monkeypatch):
     }
     for flags, message in cases.items():
         refused(capsys, message, *DEMO, "--ref", "in.mp4", *shlex.split(flags))
-    refused(capsys, "--ref", "--prompt", "a fox", "--model", "tiny")
-    full = shutil.disk_usage(".")._replace(free=2**26)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
-    refused(capsys, "128 MiB", *DEMO)
     assert sorted(Path().rglob("*")) == before
 
 

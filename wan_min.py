@@ -16,7 +16,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
@@ -335,8 +335,7 @@ class Resample(nn.Module):
 
     def __init__(self, dim, down, temporal):
         super().__init__()
-        self.down = down
-        self.time_conv = None
+        self.down, self.time_conv = down, None
         if down:
             self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         else:
@@ -521,7 +520,6 @@ REPOS = {"1.3B": "Wan-AI/Wan2.1-T2V-1.3B", "14B": "Wan-AI/Wan2.1-T2V-14B"}
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 PARTS = {DiT: "diffusion_pytorch_model*.safetensors", VAE: VAE_FILE, TextEncoder: TEXT_FILE}
 TOKENIZER_FILE, TEXT_LENGTH = "google/umt5-xxl/tokenizer.json", 512
-FILES = (*PARTS.values(), TOKENIZER_FILE)
 FP32_PARTS = ("time_", "modulation", "norm", "head.")  # DiT parameters kept in fp32, by name
 
 ARCHITECTURES = {  # arguments of DiT and VAE; tiny has random weights only
@@ -552,11 +550,10 @@ class Model(NamedTuple):
     fps: float  # frames per second of those
     defaults: dict  # its own defaults, by name of the flag
     demo: Callable | None = None  # reads the demo clip, with fastvmt.read_video's arguments; None: that
-    describe_motion: Callable | None = None  # video (3, T, H, W) -> its measured motion in words
 
 
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
-    """The Wan 2.1 called `name`: a checkpoint folder, a hub repo id, or one of ARCHITECTURES.
+    """The Wan 2.1 called `name`: a checkpoint folder, a DiT's file, a hub repo id, or one of ARCHITECTURES.
 
     Cheap: reads headers, or a repo's config.json. dtype is the DiT matmuls'; offload keeps blocks in host memory.
     Raises ModelError.
@@ -564,7 +561,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     if random_weights or name == "tiny":
         if name not in ARCHITECTURES:
             raise ModelError(f"random weights need --model {', '.join(ARCHITECTURES)}, not {name}")
-        arguments = dict(zip((DiT, VAE), ARCHITECTURES[name]))
+        arguments = dict(zip(PARTS, ARCHITECTURES[name]))
         blocks = arguments[DiT].get("num_layers", 30)
         encode = partial(random_contexts, text_dim=arguments[DiT].get("text_dim", 4096), device=device)
 
@@ -574,10 +571,10 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         blocks, fetch = find_checkpoint(name)
 
         def encode(prompts):
-            return encode_prompts(prompts, fetch(), device, offload)
+            return encode_prompts(prompts, fetch()[TextEncoder], device, offload)
 
         def load_part(cls, device, progress=iter):
-            return load(cls, fetch(), device, dtype, progress)
+            return load(cls, fetch()[cls], device, dtype, progress)
 
     def load_codec(vae_tiles=False):
         return make_codec(load_part(VAE, device), vae_tiles)
@@ -586,11 +583,10 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
         dit = load_part(DiT, "cpu" if offload else device, progress)
         return offload_blocks(dit, device) if offload else dit
 
-    canvases, defaults = ((480, 832), (832, 480)), {"negative_prompt": NEGATIVE_PROMPT}
+    size, defaults = (480, 832), {"negative_prompt": NEGATIVE_PROMPT}
     if name == "tiny":
-        canvases = (64, 112), (112, 64)
-        defaults |= dict(frames=33, block=3, window=3)
-    return Model(blocks, encode, load_codec, load_dit, canvases, 81, 16.0, defaults)
+        size, defaults = (64, 112), defaults | dict(frames=33, block=3, window=3)
+    return Model(blocks, encode, load_codec, load_dit, (size, size[::-1]), 81, 16.0, defaults)
 
 
 def cast(dit, dtype, device=None, progress=iter):
@@ -625,60 +621,52 @@ def random_contexts(prompts, text_dim, device="cpu"):
     return torch.stack([torch.randn(TEXT_LENGTH, text_dim, generator=g) for g in generators]).to(device)
 
 
-def find_checkpoint(name):
-    """Number of DiT blocks of a checkpoint, and a function that returns its folder, all files checked."""
+def find_checkpoint(name, parts=tuple(PARTS)):
+    """Number of blocks of the first part, and a function that returns where each part is, all files checked."""
     if os.path.isdir(name):  # unlike Path.is_dir, it never raises
-        dit, *_ = [load(cls, name) for cls in PARTS]
-        return len(dit.blocks), lambda: name
+        first, *_ = [load(cls, name) for cls in parts]
+        return len(first.blocks), lambda: dict.fromkeys(parts, name)
     if os.path.isfile(name):
-        tensors = read(name, load_file) if name.endswith(".safetensors") else ()
-        raise unusable(name, [name, *tensors])
+        file = Path(name)
+        if file.suffix != ".safetensors" or re.search("wan.?2.?2|_noise", file.name, re.I):  # 2.2 has 2.1's tensors
+            raise unusable(name, "not a .safetensors file of Wan 2.1")
+        blocks, beside = len(load(DiT, name).blocks), (file.parent / TEXT_FILE).exists()
+        _, fetch = find_checkpoint(file.parent if beside else REPOS["1.3B"], (TextEncoder, VAE))
+        return blocks, lambda: fetch() | {DiT: name}
     repo = REPOS.get(name, name)
-    local = os.path.isdir(repo.split("/")[0]) or repo.endswith((".safetensors", ".gguf", ".pth"))
-    if repo not in REPOS.values() and (local or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo)):
-        raise ModelError(f"unknown model {name!r}: not a folder, repo id or one of toy, {', '.join(ARCHITECTURES)}")
-    from huggingface_hub import list_repo_files, snapshot_download
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)", repo):
+        raise ModelError(f"unknown model {name!r}: not a path, repo id or one of toy, {', '.join(ARCHITECTURES)}")
+    from huggingface_hub import snapshot_download
 
-    def hub(call, **options):
+    def download(*files):
         try:
-            return call(repo, **options)
+            return snapshot_download(repo, allow_patterns=files)
         except Exception as error:  # each version of the library has its own
-            reason = shorten(str(error), 200)
             ways = "check the spelling; accept its terms and `hf auth login`; run it again, it resumes; go online; "
-            ways += f"set HF_HOME to a cache; or give --model DIR of `hf download {repo} --local-dir DIR`"
-            raise ModelError(f"{repo} cannot be fetched ({reason}): {ways}") from None
+            ways += f"set HF_HOME to a cache; or `hf download {repo} --local-dir DIR`, then --model DIR or a file in it"
+            raise ModelError(f"{repo} cannot be fetched ({shorten(str(error), 200)}): {ways}") from None
 
-    @lru_cache
-    def fetch():
-        folder = hub(snapshot_download, allow_patterns=["config.json", *FILES])
-        find_checkpoint(folder)  # checks all files
-        return folder
-
-    config = read_config(hub(snapshot_download, allow_patterns="config.json"))  # from the cache when offline
+    config = read_config(download("config.json"))  # from the cache when offline
     if not config:
-        raise unusable(repo, hub(list_repo_files))
-    return config.get("num_layers", 30), fetch
+        raise unusable(repo, "without config.json")
+    files = "config.json", TOKENIZER_FILE, *(PARTS[cls] for cls in parts)
+    return config.get("num_layers", 30), cache(lambda: find_checkpoint(download(*files), parts)[1]())
 
 
-def unusable(where, names, otherwise="not a checkpoint"):
-    """ModelError of what is not in the official layout, told by the names in it."""
-    layouts = {"high_noise_model": "a Wan 2.2 checkpoint", r"\.gguf$": "a GGUF checkpoint", "lora": "a LoRA",
-               "model_index.json|^transformer|WanTransformer3D": "a Diffusers checkpoint",
-               "t5.*fp8": "a checkpoint with an fp8 text encoder",
-               r"^(?!diffusion_pytorch_model).*\.safetensors$": "a repackaged checkpoint"}  # fmt: skip
-    text = "\n".join(names)
-    kind = next((kind for pattern, kind in layouts.items() if re.search(pattern, text, re.I | re.M)), otherwise)
-    return ModelError(f"{where} is {kind}: only the official layout can be read, as {REPOS['1.3B']}")
+def unusable(where, why):
+    """ModelError of what cannot be read, with what can be."""
+    return ModelError(f"{where} is {why}: only the official layout can be read, as {REPOS['1.3B']}, or its DiT in one "
+                      ".safetensors file; no Diffusers, GGUF, fp8, LoRA, i2v, VACE or Wan 2.2")  # fmt: skip
 
 
 def read(path, reader):
-    """reader(path); ModelError when the file is damaged."""
+    """reader(path); ModelError when it fails."""
     try:
         return reader(str(path))
     except Exception as error:  # each format has its own exceptions
         if out_of_memory(error):
             raise
-        raise ModelError(f"{path} is damaged ({shorten(str(error), 200)}) or unreadable; fetch it again") from None
+        raise ModelError(f"{path} is missing or damaged ({shorten(str(error), 200)}): fetch it again") from None
 
 
 def read_config(folder):
@@ -686,39 +674,52 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     config = read(path, lambda _: dict(json.loads(path.read_text()))) if path.exists() else {}
     if config.get("model_type", "t2v") != "t2v":
-        raise ModelError(f"{path} is of a {config['model_type']!r} model, not of a 't2v' one")
+        raise unusable(path, f"of a {config['model_type']!r} model")
     return config
 
 
+def dit_files(folder):
+    """Files of the DiT in a folder, also the shards that are missing; a file is its own."""
+    if folder.is_file():
+        return [folder]
+    listing = "\n".join(os.listdir(folder))
+    found = re.findall(r"^(diffusion_pytorch_model(?:-\d{5}-of-(\d{5}))?\.safetensors)$", listing, re.M)
+    names = {re.sub(r"-\d+-", f"-{n + 1:05}-", name) for name, count in found for n in range(int(count or 1))}
+    for file in folder.glob(f"snapshots/*/{VAE_FILE}"):
+        raise ModelError(f"{folder} is the hub's cache: give --model {file.parent}")
+    if not names:
+        raise unusable(folder, f"without {PARTS[DiT]}")
+    return [folder / name for name in sorted(names)]
+
+
 def load(cls, folder, device="cpu", dtype=None, progress=iter):
-    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder.
+    """A frozen DiT (matmul weights in dtype), VAE (fp32) or TextEncoder of a checkpoint folder; a DiT also of a file.
 
     By default names and shapes are checked and no weight is read. config.json has the DiT's arguments, and may have
-    the others' as `vae` and `text_encoder`. Raises ModelError.
+    the others' as `VAE` and `TextEncoder`. Raises ModelError.
     """
     folder, config = Path(folder), read_config(folder)
-    missing = [pattern for pattern in FILES if not any(folder.glob(pattern))]
-    if missing:
-        raise unusable(folder, [*os.listdir(folder), str(config.get("_class_name"))], f"without {', '.join(missing)}")
-    files = sorted(folder.glob(PARTS[cls]))
+    files = dit_files(folder) if cls is DiT else [folder / PARTS[cls]]
     reader = load_file if cls is DiT else partial(torch.load, map_location="cpu", mmap=True, weights_only=True)
-    tensors = {}
-    for file in files:
-        tensors |= read(file, lambda path: dict(reader(path)))
+    found = [read(file, lambda path: dict(reader(path))) for file in files]
+    # repackaged files differ in this prefix only
+    tensors = {key.removeprefix("model.diffusion_model."): p for part in found for key, p in part.items()}
+    if len(tensors) < sum(map(len, found)):
+        raise ModelError(f"{folder} holds its DiT twice: keep one set of files")
     if cls is DiT:
-        official = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
-        given = {name: config[name] for name in inspect.signature(DiT).parameters if name in config}
-        arguments = given or ARCHITECTURES[official][0]
+        size = "14B" if len(tensors.get("patch_embedding.bias", ())) == 5120 else "1.3B"
+        arguments = {name: config[name] for name in config.keys() & inspect.signature(DiT).parameters}
+        arguments = arguments or ARCHITECTURES[size][0]
     else:
-        arguments = config.get("vae" if cls is VAE else "text_encoder", {})
+        arguments = config.get(cls.__name__, {})
     try:
+        if any(p.dtype.itemsize == 1 for p in tensors.values()):
+            raise unusable(files[0], "in fp8")
         with torch.device("meta"):
             module = cls(**arguments).requires_grad_(False)
         module.load_state_dict(tensors, assign=True)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ModelError(f"{files[0]}: {shorten(str(error), 300)}; that of {REPOS['1.3B']} is right") from None
-    if any(p.dtype.itemsize == 1 for p in tensors.values()):
-        raise unusable(files[0], [], "in fp8")
+        raise unusable(files[0], f"not Wan 2.1's {cls.__name__} ({shorten(str(error), 300)})") from None
     if cls is DiT and dtype:
         return cast(module, dtype, device, progress)
     return module.to(device, torch.float32 if cls is VAE else None)
@@ -744,9 +745,11 @@ def encode_prompts(prompts, folder, device="cpu", offload=False):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoder = load(TextEncoder, folder, "cpu" if offload else device)
+    if tokenizer.token_to_id("</s>") is None or tokenizer.get_vocab_size() > len(encoder.token_embedding.weight):
+        raise unusable(folder, f"without the {TOKENIZER_FILE} of {TEXT_FILE}")
     encoder = offload_blocks(encoder, device) if offload else encoder
     rows = [torch.tensor(tokenize(prompt, tokenizer), device=device) for prompt in prompts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    context = encoder(ids, mask).float() * mask[..., None]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    mask = ids >= 0
+    context = encoder(ids.clamp(min=0), mask).float() * mask[..., None]
     return F.pad(context, (0, 0, 0, TEXT_LENGTH - ids.shape[1]))

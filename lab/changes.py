@@ -56,8 +56,8 @@ def three_best(dit, x, sigma, context, config, **options):
     windows = fastvmt.window_indices(centers, (H, W), size)  # (P, N, M)
     positions = fastvmt.row_column(torch.arange(H * W, device=x.device), W).view(1, H, W, 2)
     tokens = fastvmt.tile_tokens(positions, config.tile)[0]  # (N, T, 2)
-    flow = fastvmt.window_flow(fastvmt.tile_tokens(Q, config.tile), K, i, j, windows, tokens, config.tau)
-    key_mean = fastvmt.window_means(K, windows[..., 0], j, size)
+    queries = fastvmt.tile_tokens(Q, config.tile)  # (F, N, T, D)
+    flow, key_mean = fastvmt.window_flow(queries, K, i, j, windows, tokens, config.tau)
     return fastvmt.untile_tokens(flow, config.tile, (H, W)), key_mean
 
 

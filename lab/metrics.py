@@ -73,7 +73,7 @@ def attention_entropy(Q, K, config):
     for i, j in zip(*(frames.split(1) for frames in fastvmt.frame_pairs(num_frames, config.span, Q.device))):
         centers = fastvmt.window_centers(representatives[i], K[j], tau=config.tau, center=config.center)
         windows = fastvmt.window_indices(centers, (H, W), size)
-        attention = fastvmt.window_attention(queries, K, i, j, windows, config.tau)  # (1, N, M, T)
+        attention, _ = fastvmt.window_attention(queries, K, i, j, windows, config.tau)  # (1, N, M, T)
         entropy = -(attention * attention.clamp(min=1e-30).log()).sum(-2)  # (1, N, T); torch.special.entr lacks on MPS
         entropies.append(fastvmt.untile_tokens(entropy[..., None], config.tile, (H, W)).mean())
     return torch.stack(entropies).mean() / math.log(max(math.prod(size), 2))

@@ -384,19 +384,27 @@ def read_demo(path, num_frames, size, **options):
 
 
 class Codec:
-    """encode and decode of this module, as fastvmt.run calls them; refuses clips that the toy was not trained at."""
+    """encode and decode of this module, as fastvmt.run calls them; refuses clips that the toy was not trained at.
+
+    With progress to show, the motion of what goes in and comes out is printed.
+    """
 
     vae_tiles = False
 
     @staticmethod
-    def encode(video, progress=iter):
+    def encode(video, progress=None):
         if video.shape[2] > FRAMES or video.shape[3:] not in (SIZE, LARGE):
             raise wan_min.ModelError(WRONG_SIZE)
+        if progress:
+            print(f"motion of the reference: {describe_motion(video[0].cpu())}")
         return encode(video)
 
     @staticmethod
-    def decode(latents, progress=iter):
-        return decode(latents)
+    def decode(latents, progress=None):
+        video = decode(latents)
+        if progress:
+            print(f"motion of the result: {describe_motion(video[0].cpu())}")
+        return video
 
 
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
@@ -416,5 +424,5 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     return wan_min.Model(
         blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda vae_tiles=False: Codec,
         load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE, LARGE),
-        max_frames=FRAMES, fps=8.0, defaults=DEFAULTS, demo=read_demo, describe_motion=describe_motion,
+        max_frames=FRAMES, fps=8.0, defaults=DEFAULTS, demo=read_demo,
     )  # fmt: skip
