@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each setting costs and what it leaves of the motion, in a table and a picture.
 
-python -m lab.frontier --out frontier/                  # 24 clips of the toy's large canvas, hours on a CPU
+python -m lab.frontier --out frontier/                  # 24 clips of the toy's large canvas, 3½ hours on a core
 python -m lab.frontier --out frontier/ --table-only     # of what is on disk
 
 The error is lab.table1's, whose flags this takes, with its standard error over clips. The cost is that of as many
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lab import cost, table1
 
 ROWS = (
-    "interval=10", "interval=20", "velocity_interval=3", "interval=20, velocity_interval=3", "preset fast",
+    "interval=20", "interval=20, velocity_interval=3", "preset fast",
     "coarse=1, velocity_interval=3", "coarse=1, interval=20, velocity_interval=3",
     "coarse=0.5, interval=20, velocity_interval=3", "coarse=0.5, velocity_interval=3",
     "guided_fraction=0.2, velocity_interval=3", "guided_fraction=0.2, interval=20, velocity_interval=3",
@@ -33,16 +33,20 @@ def prices():
 
 
 def measure(results, rows, args, flops):
-    """(name, PFLOP, mean error, its standard error, clips) of each row that has results."""
-    points = []
+    """(name, PFLOP, mean error, its standard error, clips) of rows with results, over the clips that these share."""
+    errors = {}
     for name, row in rows.items():
         wanted = table1.settings_hash(row, args)
-        errors = [line["columns"][COLUMN] for line in results if line["key"][0] == wanted]
-        if errors:
-            spread = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
-            counts = cost.run_counts(row).items()
-            pflop = sum(times * flops[phase][0] for phase, times in counts if "of it" not in phase) / 1e15
-            points.append((name, pflop, statistics.mean(errors), spread, len(errors)))
+        found = {line["key"][1]: line["columns"][COLUMN] for line in results if line["key"][0] == wanted}
+        if found:
+            errors[name] = found
+    clips, points = set.intersection(*map(set, errors.values() or [()])), []
+    for name, found in errors.items() if clips else ():
+        here = [found[clip] for clip in clips]
+        spread = statistics.stdev(here) / len(here) ** 0.5 if len(here) > 1 else 0.0
+        counts = cost.run_counts(rows[name]).items()
+        pflop = sum(times * flops[phase][0] for phase, times in counts if "of it" not in phase) / 1e15
+        points.append((name, pflop, statistics.mean(here), spread, len(here)))
     return points
 
 
@@ -92,6 +96,9 @@ def main(argv=None):
     args, model = table1.parse_arguments(argv)
     rows = table1.make_rows(argv, args, model.blocks)
     points = measure(table1.read_results(args.out / "results.jsonl"), rows, args, prices())
+    if not points:
+        print("no clip has results of every setting yet")
+        return 0
     print("\n| | PFLOP | error, px a frame | clips |\n|---|--:|--:|--:|")
     for name, pflop, error, spread, clips in points:
         print(f"| {name} | {pflop:.1f} | {error:.2f} ± {spread:.2f} | {clips} |")

@@ -730,7 +730,7 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
         args, model = table1.parse_arguments(argv)
         asked.append((args, rows := table1.make_rows(argv, args, model.blocks)))
         lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error}}
-                 for name, errors in (("full method", (0.5, 1.5)), ("preset fast", (2.0,)))
+                 for name, errors in (("full method", (0.5, 1.5, 9.0)), ("preset fast", (2.0, 2.0)))
                  for n, error in enumerate(errors) for row in [rows[name]]]  # fmt: skip
         (args.out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return 0
@@ -757,6 +757,7 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
     for error, drawn in ((1.4, True), (0.6, True), (1.6, False), (0.4, False)):  # the bar
         assert (picture.getpixel((round(column(full)), round(row(error)))) == (0, 0, 128)) == drawn
     assert column(0) == frontier.LEFT and row(0) == frontier.BOTTOM
+    assert frontier.measure([], rows, args, flops) == []
 
 
 def test_flow_agreement():
