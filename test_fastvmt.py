@@ -419,7 +419,7 @@ def test_bad_arguments_of_the_method(dit):
                           (two, dict(reference=two))):  # fmt: skip
         with pytest.raises(ValueError, match="reference.*noise's shape, a single clip, .*null"):
             sample(dit, noise, **change)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
+    with torch.inference_mode(), pytest.raises(RuntimeError):
         fastvmt.optimize_latent(randn(5), lambda x: x.sum())
     nan = math.nan
     refused = dict(
@@ -825,7 +825,7 @@ def test_without_config_the_width_tells_the_layout(monkeypatch, model):
 @pytest.mark.parametrize("shards, prefix", [(0, None), (3, None), (0, ""), (0, "model.diffusion_model.")])
 def test_a_checkpoint_gives_its_modules(monkeypatch, shards, prefix):
     modules, counts, name, offload = write_checkpoint("model", shards), [], "model", shards > 0
-    for kind in ("_old", ".fp16"):
+    for kind in ("_old", ".fp16", *["-00001-of-00002"] * (not shards)):
         other = {key: p + 1 for key, p in modules[DiT].state_dict().items()}
         save_file(other, f"model/diffusion_pytorch_model{kind}.safetensors")
     if prefix is not None:
@@ -894,6 +894,10 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
         tokenizer.add_tokens(tokens)
         tokenizer.save(TOKENIZER_FILE)
 
+    def double(shard):
+        shutil.copy(DIT_FILE, shard)
+        os.rename(DIT_FILE, shard.replace("2-", "1-"))
+
     def cut(name, keep=0.7):
         data = Path(name).read_bytes()
         Path(name).write_bytes(data[: int(len(data) * keep)])
@@ -906,7 +910,7 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
         ("without the google/umt5-xxl/tokenizer.json", retoken, "<e>", []),
         ("umt5-xxl/tokenizer.json of models_t5", retoken, "</s>", ["more"]),
         ("-00001-of-00002.safetensors is missing", os.rename, DIT_FILE, shard),
-        ("holds its DiT twice", shutil.copy, DIT_FILE, shard.replace("2", "1")),
+        ("holds its DiT twice", double, shard),
         ("VAE.pth is missing or damaged (Weights only", torch.save, {"a": Path()}, VAE_FILE),
         *((f"{name} is missing", os.remove, name) for name in (VAE_FILE, TOKENIZER_FILE)),
         *((f"{name} is missing", cut, name) for name in ("config.json", DIT_FILE, VAE_FILE, TOKENIZER_FILE)),
@@ -1481,7 +1485,7 @@ def test_user_errors(capsys, monkeypatch):
         "--model empty": "without diffusion_pytorch_model*.safetensors",
         "--block 5": "block must be int from 1 to 4, not 5",
         "--ref-noise 2": "ref_noise must be float from 0.0 to 1.0 or 'match', not 2",
-        "--out missing/o.mp4": "missing",
+        "--out missing/o.mp4": "cannot write missing/o.latents.safetensors (No such file",
         "--out o.avi": ".mp4",
         "--out in.mp4": "not be the reference",
         "--out same.mp4": "not be the reference",
@@ -1498,6 +1502,7 @@ def test_user_errors(capsys, monkeypatch):
         "--device meta": "device meta cannot be used",
         "--device hpu": "device hpu cannot be used",
         "--prompt -fox": "--prompt=…",
+        "--out": "expected one argument, or --out=…",
         "--decode text.mp4": "header",
         "--decode no.safetensors": "no.safetensors",
         "--decode other.safetensors": "holds no latents of this",
