@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 import fastvmt
 from test_fastvmt import (
     DEMO,
-    FFV1,
     HERE,
     close,
     encode,
@@ -63,6 +62,40 @@ def test_an_animated_avif_is_not_its_still(alpha):
     assert ffmpeg("-i", "in.avif").count("Video: av1") == 2 + 2 * alpha, log  # still and animation of each
     right = levels("in.avif")[:, :, :, -8:].mean((0, 2, 3))
     close(right, torch.arange(0.0, 130, 10), 6)
+
+
+FFV1 = f"-c:v ffv1 -vf scale=flags={fastvmt.SCALER}:out_color_matrix="
+HALF = "format=rgba,colorchannelmixer=aa=0.5"
+VPX = f"-vf {HALF},scale=out_color_matrix=bt601:flags={fastvmt.SCALER},format=yuva420p"
+COLOURS = {  # the file's ending and options of its encoder
+    "sd": (".mkv", FFV1 + "bt601,format=yuv420p,setparams=colorspace=unknown"),
+    "hd": (".mkv", FFV1 + "bt709,format=yuv420p,setparams=colorspace=unknown"),
+    "hd tagged": (".mkv", FFV1 + "bt601,format=yuv420p,setparams=colorspace=smpte170m"),
+    "full": (".mkv", FFV1 + "bt601,format=yuv420p,scale=out_range=pc,setparams=colorspace=unknown -color_range pc"),
+    "bt2020": (".mkv", FFV1 + "bt2020,format=yuv420p10le,setparams=colorspace=bt2020nc"),
+    "gray": (".mkv", "-c:v ffv1 -pix_fmt gray"),
+    "png alpha": (".mov", f"-c:v png -vf {HALF}"),
+    "vp9 alpha": (".webm", f"-c:v libvpx-vp9 -crf 4 {VPX}"),
+    "vp8 alpha": (".webm", f"-c:v libvpx -b:v 9M -auto-alt-ref 0 {VPX}"),
+    "palette alpha": (".mov", "-c:v png -vf format=rgba,colorkey=0x787878:0.01,split[a][b];"
+                              "[a]palettegen[p];[b][p]paletteuse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_colours_of_all_kinds(kind):
+    ending, options = COLOURS[kind]
+    expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])  # left, right
+    height, width = (720, 1280) if "hd" in kind else (48, 80)
+    frame = np.tile(expected.byte().numpy().repeat(width // 2, 0), (5, height, 1, 1))
+    if kind == "gray":
+        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
+    if kind == "palette alpha":  # the right half is not there
+        expected[1] = 127.5
+    elif "alpha" in kind:  # on mid grey
+        expected = (expected + 127.5) / 2
+    halves = levels(encode("in" + ending, frame, *options.split())).chunk(2, dim=3)
+    close(torch.stack([half[..., 3:-3].mean((1, 2, 3)) for half in halves]), expected, 1.6)
 
 
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
