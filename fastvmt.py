@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 import torch
 from einops import einsum, rearrange, repeat
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import avg_pool2d, embedding, pad
 from torch.utils.checkpoint import checkpoint as recompute
 
 
@@ -72,12 +72,13 @@ class MotionConfig:
     interval: int = 3  # compute the gradient every Δ-th inner step, reuse it then (eq. 9, App. B.1)
     lr: tuple = (0.003, 0.002)  # first and last learning rate, linear (Sec. 4.1)
     ref_noise: float | str = 0.0  # noise level of the reference: 0 (Sec. 3.2), or the step's, 'match' (4.1)
+    coarse: float = 0.0  # first part of the guided steps that is read on pooled latents (not the paper's)
 
     def __post_init__(self):
         count, number, part = (1, 10**4), (-1e9, 1e9), (0.0, 1.0)
         check_limits(vars(self), block=count, tile=count, window=(*count, None), span=count, inner_steps=count,
                      interval=count, tau=number, alpha=number, lambda_amf=number, lambda_window=number,
-                     guided_fraction=part, lr=(0.0, 1e9), ref_noise=(*part, "match"))  # fmt: skip
+                     guided_fraction=part, lr=(0.0, 1e9), ref_noise=(*part, "match"), coarse=part)  # fmt: skip
         if self.center not in ("soft", "argmax"):
             raise UserError(f"center must be 'soft' or 'argmax', not {self.center!r}")
 
@@ -296,6 +297,14 @@ def match_noise(latents, noise, sigma):
     return (1 - sigma) * latents + sigma * noise
 
 
+def pool_latents(x, sigma, patch):
+    """Latents (1, C, F, h, w) at sigma pooled by 2, cropped to whole tokens, and the noise level σ′ that they have."""
+    x = avg_pool2d(x[0], 2)[None]  # (1, C, F, h/2, w/2)
+    h, w = (side // length * length for side, length in zip(x.shape[3:], patch[1:]))
+    scale = (1 - sigma) + sigma / 2  # the mean of four leaves half of the noise
+    return x[..., :h, :w] / scale, sigma / 2 / scale
+
+
 def read_qk(dit, x, sigma, context, block, **options):
     """Head-averaged Q, K (F, H, W, D) of a block; x (1, C, F, h, w) is at noise level sigma. options: of DiT.qk."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
@@ -351,10 +360,13 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     sigmas = sigmas.tolist()
     noise = noise.float()
     guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
+    coarse = round(config.coarse * guided)
     x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])  # (1, C, F, h, w)
 
-    def read(x, sigma):
-        return features(dit, x, sigma, context, config, checkpoint=checkpoint)
+    def read(number, x, sigma, context, **options):
+        if number < coarse:
+            x, sigma = pool_latents(x, sigma, dit.patch_size)
+        return features(dit, x, sigma, context, config, **options)
 
     def velocity(x, sigma):
         t = torch.full((1,), 1000 * sigma, device=x.device)
@@ -367,10 +379,11 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     for number, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
         history = None
         if number < guided:
-            if number == 0 or config.ref_noise == "match":
+            if number in (0, coarse) or config.ref_noise == "match":
                 level = sigma if config.ref_noise == "match" else config.ref_noise
-                reading = features(dit, match_noise(reference.float(), noise, level), level, null, config)
-            x, history = guide(x, sigma, reading, read, losses, config, x.shape[2] // dit.patch_size[0])
+                reading = read(number, match_noise(reference.float(), noise, level), level, null)
+            read_result = partial(read, number, context=context, checkpoint=checkpoint)
+            x, history = guide(x, sigma, reading, read_result, losses, config, x.shape[2] // dit.patch_size[0])
         x = step(velocity, x, sigma, next_sigma)
         callback(number, x, history)
     return x
@@ -385,6 +398,7 @@ import json
 import logging
 import re
 import tempfile
+from collections import deque
 from itertools import count, islice
 from pathlib import Path
 from textwrap import shorten
@@ -556,6 +570,7 @@ PRESETS = {
     # The authors' example, whose L_AMF sums over the 1560 tokens of 480x832.
     "release": dict(ref_noise="match", strength=0.75, span=3, alpha=1 / 7, lambda_window=1 / 1560, lr=(0.003, 0.0021),
                     fps=15.0, vae_tiles=True),
+    "fast": dict(coarse=0.8, interval=5, velocity_interval=3),  # chosen on lab/toy.py
 }  # fmt: skip
 
 
@@ -594,7 +609,7 @@ def build_parser(required=False):
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
     add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, toy, or tiny (random weights)")
-    add("--preset", None, "settings of the paper or of its release", choices=PRESETS)
+    add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
     add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
     add("--fps", None, "of reference and result; else the model's own", type=number_or_word)
@@ -611,7 +626,7 @@ def build_parser(required=False):
     add("--steps", 50, "denoising steps (Sec. 4.1)")
     add("--shift", 7.0, "timestep shift (authors' code)")
     add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
-    add("--velocity-interval", 1, "steps after the guided ones that share one velocity")
+    add("--velocity-interval", 1, "compute every n-th after the guided steps, and extrapolate")
     add("--strength", 1.0, "below 1: start from the noised reference")
     texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
     for f in fields(MotionConfig):
@@ -650,7 +665,7 @@ def parse_arguments(argv, parser=None, **options):
 def canvas(args, model):
     """Rows and columns of the result, and whether a portrait reference turns them."""
     if args.size:
-        return tuple(round(side / 16) * 16 for side in args.size), False
+        return args.size if args.size in model.canvases else tuple(round(side / 16) * 16 for side in args.size), False
     return model.canvases[0], model.canvases[0][::-1] in model.canvases
 
 
@@ -674,17 +689,19 @@ def check_arguments(args, kept):
 
 
 def reuse_velocities(step, guided, interval):
-    """Wrap a step: after the guided ones only every interval-th computes velocities, the others reuse them."""
+    """Wrap a step: after the guided ones only every interval-th computes velocities, the others extend their line."""
     fresh = (number < guided or (number - guided) % interval == 0 for number in count())
-    last = None
+    known = deque(maxlen=2)  # (σ, velocity)
 
     def reusing(velocity, x, sigma, next_sigma):
         computed = next(fresh)
 
         def kept(x, sigma):
-            nonlocal last
-            last = velocity(x, sigma) if computed else last
-            return last
+            if computed:
+                known.append((sigma, velocity(x, sigma)))
+            (first, v), (last, w) = known[0], known[-1]
+            ahead = (sigma - last) / (last - first) if first != last else 0
+            return w + ahead * (w - v)
 
         return step(kept, x, sigma, next_sigma)
 
@@ -744,7 +761,7 @@ def transfer(args, config, model, kept, **seams):
         print(f"the model was trained on clips of up to {model.max_frames} frames")
     if args.size and args.size != size:
         print("--size is rounded to {}x{}".format(*size))
-    if size in model.canvases[1:]:
+    if size == model.canvases[0][::-1]:
         print("--size is rows x columns: this is a portrait video")
     if not args.decode:
         print("encoding the prompts")

@@ -188,6 +188,7 @@ def test_the_defaults_are_the_papers():
     settings = dict(
         block=15, tile=(3, 4), window=21, span=5, tau=1.0, center="soft", alpha=0.2, lambda_amf=5.0, lambda_window=1.0,
         squared=False, guided_fraction=0.2, inner_steps=10, interval=3, lr=(0.003, 0.002), ref_noise=0.0,
+        coarse=0.0,
     )  # fmt: skip
     assert asdict(MotionConfig()) == settings
     seen = set()
@@ -198,7 +199,8 @@ def test_the_defaults_are_the_papers():
             if parameter.kind == parameter.KEYWORD_ONLY and name in settings:
                 assert parameter.default == settings[name], (function.__name__, name)
                 seen.add(name)
-    assert settings.keys() - seen == {"block", "lambda_amf", "lambda_window", "guided_fraction", "ref_noise"}
+    unseen = {"block", "lambda_amf", "lambda_window", "guided_fraction", "ref_noise", "coarse"}
+    assert settings.keys() - seen == unseen
 
 
 # ---- Method: known motion --------------------------------------------------------------------------------------------
@@ -317,8 +319,9 @@ def test_plain_sampling_is_euler_with_cfg(dit):
     close(together, torch.cat([one_step(x) for x in two.split(1)]), 1e-4)
 
 
-def test_guidance_lowers_the_loss(dit):
-    config, seen = replace(CONFIG, tau=3.0, guided_fraction=0.5, lr=(0.02, 0.02)), []
+@pytest.mark.parametrize("coarse", [0.0, 1.0])
+def test_guidance_lowers_the_loss(dit, coarse):
+    config, seen = replace(CONFIG, coarse=coarse, tau=3.0, guided_fraction=0.5, lr=(0.02, 0.02)), []
     sample(dit, sigmas=wan_min.flow_sigmas(4, 1.0, 0.8), config=config, callback=lambda *args: seen.append(args[2]))
     assert seen[2:] == [None, None]
     for losses in seen[:2]:
@@ -401,6 +404,52 @@ def test_features_and_losses_follow_the_settings(patch, center):
     assert latents.shape == noise.shape and latents.isfinite().all()
 
 
+@pytest.mark.parametrize("sigma, level", [(0.0, 0.0), (0.5, 1 / 3), (0.97, 0.97 / 1.03), (1.0, 1.0)])
+def test_pooled_latents_are_those_of_a_lower_noise_level(sigma, level):
+    """(1−σ′)·z + σ′·ε of the pooled clean latents z, with ε of unit variance and not correlated with its neighbours."""
+    clean, patch = randn(1, 16, 9, 48, 66, seed=1), (1, 2, 3)
+    mean = (clean[..., ::2, ::2] + clean[..., 1::2, ::2] + clean[..., ::2, 1::2] + clean[..., 1::2, 1::2]) / 4
+    pooled, found = fastvmt.pool_latents(fastvmt.match_noise(clean, randn(*clean.shape), sigma), sigma, patch)
+    assert found == pytest.approx(level) and pooled.shape == mean.shape
+    left = pooled - (1 - level) * mean
+    close(left.var(), torch.tensor(level**2), 0.01)
+    assert (left[..., 1:] * left[..., :-1]).mean().abs() < 0.01
+    # Rows and columns that fill no token of 2 and 3 pooled latents are cropped.
+    odd, _ = fastvmt.pool_latents(clean[..., :47, :65], 0.0, patch)
+    close(odd, mean[..., :22, :30], 1e-6)
+    x = randn(1, 2, 2, 5, 7).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fastvmt.pool_latents(x, 0.6, (1, 2, 1))[0], x)  # by finite differences
+
+
+@pytest.mark.parametrize("coarse, pooled", [(0.0, 0), (0.4, 1), (0.6, 2), (1.0, 3)])
+@pytest.mark.parametrize("ref_noise", ["match", 0.4])
+def test_coarse_guided_steps_read_pooled_latents(dit, coarse, pooled, ref_noise):
+    """First pooled ones, then whole ones, of the result and of its reference, which is read anew where this changes."""
+    sigmas, read, order = [0.9, 0.8, 0.7, 0.6, 0.5, 0.0], [], []
+    config = replace(CONFIG, guided_fraction=0.6, coarse=coarse, ref_noise=ref_noise, inner_steps=2, interval=1)
+
+    def features(model, x, sigma, text, settings, **options):
+        read.append(("reference" if text is NULL else "result", x.detach().clone(), sigma, options))
+        return fastvmt.motion_features(model, x, sigma, text, settings, **options)
+
+    sample(dit, sigmas=torch.tensor(sigmas), config=config, features=features, checkpoint=True)
+    for number, sigma in enumerate(sigmas[:3]):
+        small = number < pooled
+        if number in (0, pooled) or ref_noise == "match":
+            level = sigma if ref_noise == "match" else ref_noise
+            order.append(("reference", level, small, {}))
+        order += [("result", sigma, small, {"checkpoint": True})] * 2
+    assert len(read) == len(order)
+    for (kind, x, sigma, options), (true_kind, level, small, true_options) in zip(read, order):
+        assert (kind, options) == (true_kind, true_options)
+        true, true_level = fastvmt.match_noise(REFERENCE, NOISE, level), level
+        if small:
+            true, true_level = fastvmt.pool_latents(true, level, (1, 2, 2))
+        assert sigma == pytest.approx(true_level) and x.shape == true.shape
+        if kind == "reference" or level == 0.9 and x is read[1][1]:  # as the sampler starts
+            close(x, true, 1e-5)
+
+
 def test_bf16_latents_are_computed_with_in_fp32(dit):
     noise, reference, config = NOISE.bfloat16(), REFERENCE.bfloat16(), replace(CONFIG, ref_noise="match")
     run = partial(sample, dit, sigmas=torch.tensor([0.7, 0.0]), config=config)
@@ -425,7 +474,7 @@ def test_bad_arguments_of_the_method(dit):
     refused = dict(
         block=[0], tile=[(0, 4), (3, 0)], window=[0, 2.5], span=[0], interval=[0], inner_steps=[0], center=["middle"],
         ref_noise=["clean", -0.1, 1.1, nan, None], tau=[nan], alpha=[nan], lambda_amf=[math.inf], lambda_window=[nan],
-        guided_fraction=[nan, -0.1, 1.1], lr=[(0.1, nan), (-0.1, 0.1)],
+        guided_fraction=[nan, -0.1, 1.1], coarse=[nan, -0.1, 1.1], lr=[(0.1, nan), (-0.1, 0.1)],
     )  # fmt: skip
     for name, values in refused.items():
         for value in values:
@@ -1406,22 +1455,37 @@ def test_the_whole_path_stays_on_its_device(monkeypatch):
 @pytest.mark.parametrize("guided, interval, computed", [
     (2, 3, [0, 1, 2, 5, 8]), (0, 2, range(0, 9, 2)), (3, 1, range(9)),
 ])  # fmt: skip
-def test_velocities_are_reused_after_the_guided_steps(guided, interval, computed):
-    asked, used = [], []
+def test_velocities_extend_the_line_of_the_last_two(guided, interval, computed):
+    """After the guided steps, in σ; the one velocity that is known stays."""
+    sigmas, asked, used = [9.0, 8.5, 8.0, 6.0, 5.0, 4.5, 2.0, 1.0, 0.5, 0.0], [], []
 
     def velocity(x, sigma):
         asked.append(sigma)
-        return sigma
+        return sigma**2
 
-    def twice(velocity, x, sigma, next_sigma):  # as Heun's method asks twice
-        used.append((velocity(x, sigma), velocity(x, sigma + 0.5)))
+    def once(velocity, x, sigma, next_sigma):
+        used.append(velocity(x, sigma))
 
-    step = fastvmt.reuse_velocities(twice, guided, interval)
-    for number in range(9):
-        step(velocity, None, number, number + 1)
-        last = max(n for n in computed if n <= number)
-        assert used[-1] == ((last if number == last else last + 0.5), last + 0.5)
-    assert asked == [sigma for number in computed for sigma in (number, number + 0.5)]
+    step = fastvmt.reuse_velocities(once, guided, interval)
+    for number, sigma in enumerate(sigmas[:9]):
+        step(velocity, None, sigma, sigmas[number + 1])
+        known = [sigmas[n] for n in computed if n <= number][-2:]
+        # The line through a² and b² at a and b has slope a + b.
+        true = known[-1] ** 2 + (sigma - known[-1]) * sum(known) * (len(known) > 1)
+        assert used[-1] == pytest.approx(true)
+    assert asked == [sigmas[number] for number in computed]
+
+
+def test_a_step_may_ask_twice_for_velocities():
+    asked, used = [], []
+
+    def heun(velocity, x, sigma, next_sigma):
+        used.append((velocity(x, sigma), velocity(x, next_sigma)))
+
+    step = fastvmt.reuse_velocities(heun, 0, 2)
+    for sigma in (4.0, 3.0, 2.0, 1.0):
+        step(lambda x, sigma: asked.append(sigma) or sigma**2, None, sigma, sigma - 1)
+    assert asked == [4, 3, 2, 1] and used == [(16, 9), (9, 2), (4, 1), (1, -2)]
 
 
 def test_user_errors(capsys, monkeypatch):
@@ -1485,7 +1549,7 @@ def test_help_shows_every_setting_with_default_and_source(capsys):
     text = " ".join(capsys.readouterr().out.split()).split("options:")[1]
     for f in fields(MotionConfig):
         shown = re.search(rf" --{f.name.replace('_', '-')} (.*?) \(default: (.*?)\)(?= --|$)", text)
-        assert re.search(r"(eq|Sec|App)\.", shown[1]) and shown[2] == str(f.default), shown
+        assert re.search(r"(eq|Sec|App)\.|not the paper's", shown[1]) and shown[2] == str(f.default), shown
 
 
 def test_a_new_setting_becomes_a_flag(monkeypatch):
@@ -1530,7 +1594,7 @@ def test_every_flag_arrives(capsys, monkeypatch):
     monkeypatch.setattr(VAE, "tiled", lambda *args: seen.update(tile=args[4]) or tiled(*args))
     settings = dict(block=2, tile=(2, 5), window=7, span=4, tau=1.5, center="argmax", alpha=0.1, lambda_amf=2.0,
                     lambda_window=3.0, squared=True, guided_fraction=0.5, inner_steps=4, interval=2, lr=(0.1, 0.2),
-                    ref_noise=0.3)  # fmt: skip
+                    ref_noise=0.3, coarse=0.4)  # fmt: skip
     assert set(settings) == {f.name for f in fields(MotionConfig)}
     flags = "--frames 7 --steps 9 --cfg-scale 3 --strength 0.5 --shift 1 --seed 3"
     for name, value in settings.items():
@@ -1565,6 +1629,7 @@ def test_presets():
         ("--preset release --no-vae-tiles", release, {"strength": 0.75, "fps": 15}),
         ("--preset release --strength 1 --ref-noise 0.2 --lr 0.1 0.2", release | dict(lr=(0.1, 0.2), ref_noise=0.2),
          {"fps": 15, "vae_tiles": True}),
+        ("--preset fast", dict(coarse=0.8, interval=5), {"velocity_interval": 3}),
         ("--window none --tile 2 2 --ref-noise match", dict(window=None, tile=(2, 2), ref_noise="match"), {}),
     ):  # fmt: skip
         args, config, _ = fastvmt.parse_arguments(["--model", "tiny", *flags.split()])

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 import fastvmt
 import wan_min
 
+GUIDANCE = ("coarse reference pass", "coarse gradient", "reference pass", "gradient")
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16
 
 # ---- Time and memory -------------------------------------------------------------------------------------------------
@@ -129,8 +130,9 @@ class Inline:
 
 
 def dit_phases(dit, noise, context, config, checkpoint):
-    """{name: function without arguments} of the DiT's part of a run, each once."""
+    """{name: function without arguments} of the DiT's part of a run, each once; of coarse reading if there is any."""
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
+    small, _ = fastvmt.pool_latents(noise, 0.9, dit.patch_size)
     features = partial(fastvmt.motion_features, dit, sigma=0.9, context=context, config=config)
     flow_settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
     reading, t = (torch.zeros(2, device=noise.device), None), torch.full((1,), 900.0, device=noise.device)
@@ -142,9 +144,11 @@ def dit_phases(dit, noise, context, config, checkpoint):
 
         return fastvmt.optimize_latent(x, objective, steps=1)
 
-    return {
+    read = partial(features, checkpoint=checkpoint)
+    coarse = {"coarse reference pass": lambda: features(small), "coarse gradient": lambda: gradient(small, read)}
+    return (coarse if config.coarse else {}) | {
         "reference pass": lambda: features(noise),
-        "gradient": lambda: gradient(noise, partial(features, checkpoint=checkpoint)),
+        "gradient": lambda: gradient(noise, read),
         "of it AMF, losses, optimizer": lambda: gradient(
             QK, lambda x: fastvmt.attention_motion_flow(*x, **flow_settings)
         ),
@@ -157,12 +161,19 @@ def run_counts(args):
     config = args.config
     first = fastvmt.guided_steps(args.steps, config)
     guided = 0 if args.no_transfer else first
-    gradients = guided * math.ceil(config.inner_steps / config.interval)
-    references = guided if config.ref_noise == "match" else min(guided, 1)
+    coarse = round(config.coarse * guided)
+    fine = guided - coarse
+    gradients = math.ceil(config.inner_steps / config.interval)  # in a guided step
+
+    def references(steps):
+        return steps if config.ref_noise == "match" else min(steps, 1)
+
     velocities = first + math.ceil((args.steps - first) / args.velocity_interval)
     velocities *= 1 if args.cfg_scale == 1 else 2
-    return {"encode": 1, "reference pass": references, "gradient": gradients, "of it AMF, losses, optimizer": gradients,
-            "velocity": velocities, "decode": 1}  # fmt: skip
+    counts = {"encode": 1, "coarse reference pass": references(coarse), "coarse gradient": coarse * gradients,
+              "reference pass": references(fine), "gradient": fine * gradients,
+              "of it AMF, losses, optimizer": fine * gradients, "velocity": velocities, "decode": 1}  # fmt: skip
+    return {name: times for name, times in counts.items() if config.coarse or "coarse" not in name}
 
 
 def latent_shape(args, model):
@@ -216,7 +227,8 @@ def dry_run(args, model, rows):
     counted = {}
 
     def count_once(row):
-        reading = row.config.block, row.config.span, row.config.tile, row.config.window  # what decides a pass's FLOPs
+        config = row.config  # what of it decides a pass's FLOPs
+        reading = config.block, config.span, config.tile, config.window, config.coarse > 0
         counted[reading] = counted.get(reading) or count(row, model)
         return counted[reading]
 
@@ -230,6 +242,7 @@ def dry_run(args, model, rows):
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
     # Whole passes: what guidance costs that reads Q and K with a hook and lets the DiT run to its end. The authors'
     # release stops after 20 blocks; a gradient recomputes those it needs, and in each the self-attention once more.
+    # Neither reads coarsely: such passes are counted as they are here.
     yield "\n| run, PFLOP | guidance | denoising | all | share | whole passes | their share | release | its share |"
     yield "|---" + "|--:" * 8 + "|"
     first = None
@@ -239,7 +252,7 @@ def dry_run(args, model, rows):
         beyond = max(model.blocks - 20, 0) * flops["block"][0]
         again = row.config.block * (flops["block"][0] + flops["self-attention"][0])
         cost = {phase: counts[phase] * flops[phase][0] / 1e15 for phase in counts}
-        guidance, denoising = cost["reference pass"] + cost["gradient"], cost["velocity"]
+        guidance, denoising = sum(cost.get(phase, 0) for phase in GUIDANCE), cost["velocity"]
         whole = guidance + denoising + cost["encode"] + cost["decode"]
         passes = counts["reference pass"] + counts["gradient"]
         hooked = whole + passes * rest / 1e15
@@ -291,6 +304,6 @@ def bench(args, model, repeat=2):
     for block in dit.blocks if args.compile else ():
         block.compile()
     yield from measure(dit_phases(dit, noise, context, config, checkpoint))
-    guidance, denoising = (sum(counts[name] * seconds[name] for name in names)
-                           for names in (("reference pass", "gradient"), ("velocity",)))  # fmt: skip
+    guidance, denoising = (sum(counts[name] * seconds[name] for name in names if name in counts)
+                           for names in (GUIDANCE, ("velocity",)))  # fmt: skip
     yield f"\nA run: guidance {guidance:.3g} s, denoising {denoising:.3g} s."

@@ -48,8 +48,9 @@ def texture_features(video, palette):
     ground = 1 - toy.sprite_weights(video)
     field = field.clamp(-1, 1) * ground
     window = torch.hann_window(field.shape[1], False)[:, None] * torch.hann_window(field.shape[2], False)
-    power = torch.fft.fft2((field - field.mean((1, 2), keepdim=True)) * window, s=(96, 96)).abs().square()
-    ky, kx = torch.fft.fftfreq(96)[:, None], torch.fft.fftfreq(96)
+    n = 2 * field.shape[1]
+    power = torch.fft.fft2((field - field.mean((1, 2), keepdim=True)) * window, s=(n, n)).abs().square()
+    ky, kx = torch.fft.fftfreq(n)[:, None], torch.fft.fftfreq(n)
     k, angle = torch.hypot(ky, kx).clamp(min=1e-3), torch.atan2(ky, kx)
     power = power * ((k > 0.02) & (k < 0.2))
     power = power / power.sum((1, 2), keepdim=True)
@@ -60,15 +61,15 @@ def texture_features(video, palette):
     return torch.stack([log_k, spread.log(), turns[0].abs(), turns[1].abs(), share]).mean(1)
 
 
-def texture_classes(count=480, seed=1):
+def texture_classes(count=480, seed=1, size=toy.SIZE):
     """Normal distribution of the features of every (scale, texture), from clips of the world.
 
     All have one covariance: with each its own, what is unlike any clip would be called by the most varied texture.
     """
     g, features = torch.Generator().manual_seed(seed), {}
     for _ in range(count):
-        scene = toy.draw_scene(g)
-        row = texture_features(toy.render(scene, g), scene["palette"])
+        scene = toy.draw_scene(g, size=size)
+        row = texture_features(toy.render(scene, g, size=size), scene["palette"])
         features.setdefault((scene["scale"], scene["texture"]), []).append(row)
     stacked = {name: torch.stack(rows) for name, rows in features.items()}
     covariance = torch.stack([x.T.cov() for x in stacked.values()]).mean(0)
@@ -90,7 +91,7 @@ def shows(video, prompt, classes):
 
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
-    video, scene, prompt = toy.held_out_of_kind(seed, camera)
+    video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size)
     noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
 
     def sample(strength, **options):
@@ -114,7 +115,7 @@ def component_error(video, scene, camera):
 
 def table(dit, args, config, clips, first):
     """Markdown lines: mean error, and its spread over clips, of plain and guided results."""
-    classes, right = texture_classes(), []
+    classes, right = texture_classes(size=args.size), []
     yield "| motion | clips | plain | guided | guided/plain |"
     yield "|---|--:|--:|--:|--:|"
     names = {"pan": "pan, px", "zoom": "zoom, %", "rotation": "rotation, degrees", "still": "sprite, px"}
@@ -140,16 +141,16 @@ READINGS = {  # name -> changes to the toy's settings, noise level at which the 
 }  # fmt: skip
 
 
-def true_flow(scene, i, j):
+def true_flow(scene, i, j, size=toy.SIZE):
     """Flow in tokens (P, H, W, 2) of frame pairs i, j of a scene, and where (P, H, W) the match is wholly in view."""
-    matches = train.token_matches(scene, [slice(None)] * 3)[i, :, j]  # (P, S, S)
-    share, (H, W) = matches.sum(-1), (side // 6 for side in toy.SIZE)
+    matches = train.token_matches(scene, [slice(None)] * 3, size)[i, :, j]  # (P, S, S)
+    share, (H, W) = matches.sum(-1), (side // 6 for side in size)
     position = fastvmt.row_column(torch.arange(H * W), W).float()
     flow = (matches @ position) / share.clamp(min=1e-6)[..., None] - position
     return flow.view(-1, H, W, 2), (share > 0.999).view(-1, H, W)
 
 
-def readings(dit, config, clips, first):
+def readings(dit, config, clips, first, size=toy.SIZE):
     """Markdown lines: end-point error in tokens of references' AMF, without any sampling, by how it is read.
 
     Mean ± standard error over clips; in brackets the paired difference to the toy's settings, of "τ 1, …" to "τ 1".
@@ -160,9 +161,9 @@ def readings(dit, config, clips, first):
     i, j = fastvmt.frame_pairs(toy.FRAMES, config.span)
     for kind, moving in kinds.items():
         for seed in range(first, first + clips):
-            video, scene, prompt = toy.held_out_of_kind(seed, moving)
+            video, scene, prompt = toy.held_out_of_kind(seed, moving, size)
             noise, (_, _, null), reference = toy.prepare(video, prompt, seed)
-            flow, seen = true_flow(scene, i, j)
+            flow, seen = true_flow(scene, i, j, size)
             errors["no flow at all"][kind].append(flow[seen].norm(dim=-1).mean())
             for name, (change, sigma) in READINGS.items():
                 x = fastvmt.match_noise(reference, noise, sigma)
@@ -220,12 +221,14 @@ if __name__ == "__main__":
     parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
-    args, config, _ = fastvmt.parse_arguments(["--model", "toy", *rest])
+    args, config, model = fastvmt.parse_arguments(["--model", "toy", *rest])
+    if args.size not in model.canvases:
+        parser.error(toy.WRONG_SIZE)
     dit = toy.load()
     if options.figure:
         figure(dit, args, config, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
     else:
-        lines = (readings(dit, config, options.clips, options.first) if options.readings
+        lines = (readings(dit, config, options.clips, options.first, args.size) if options.readings
                  else table(dit, args, config, options.clips, options.first))  # fmt: skip
         for line in lines:
             print(line, flush=True)

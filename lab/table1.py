@@ -41,6 +41,7 @@ ROWS = {  # name -> changes to the settings of the command line
     "clean reference": "ref_noise=0",
     "preset paper": "preset=paper",
     "preset release": "preset=release",
+    "preset fast": "preset=fast",
     "no transfer": "no_transfer",
 }
 PAPER = ("steps=50, shift=7, cfg_scale=5.8, guided_fraction=0.2, inner_steps=10, interval=3, lr=0.003 0.002, tau=1, "
@@ -111,12 +112,13 @@ class Clip(NamedTuple):
 
 
 def make_clips(args, model):
+    size, turn = fastvmt.canvas(args, model)
     if args.model == "toy":
         clips = []
         kinds = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
         for n, kind in zip(range(args.clips), kinds * args.clips):
             seed = args.seed + n
-            video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind)
+            video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind, size)
             clips.append(Clip(f"{kind} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
         return clips
     lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
@@ -124,7 +126,6 @@ def make_clips(args, model):
     if not prompts or not refs[0]:
         raise fastvmt.UserError("--refs or --prompts are missing or empty")
 
-    size, turn = fastvmt.canvas(args, model)
     read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=args.fps or model.fps, start=args.start,
                    turn=turn)  # fmt: skip
     return [Clip(ref.rstrip("/"), args.seed, prompts, partial(read, ref)) for ref in refs]
@@ -133,20 +134,45 @@ def make_clips(args, model):
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
 
-def run_row(dit, counts, noise, reference, contexts, row, **seams):
-    """Latents of one row's run, and {column: value} of what it cost; seams: of fastvmt.sample."""
+def run_row(dit, counts, noise, reference, contexts, row, step=fastvmt.euler_step, **seams):
+    """Latents of one row's run, {column: value} of what it cost, and its unguided part: σs, latents at the first.
+
+    seams: of fastvmt.sample.
+    """
+    guided, sigmas, unguided = fastvmt.guided_steps(row.steps, row.config), [], []
+
+    def noted(velocity, x, sigma, next_sigma):
+        if sigmas and sigma >= sigmas[-1]:  # a new attempt, with less memory
+            sigmas.clear()
+        if len(sigmas) == guided:
+            unguided[:] = [x]
+        sigmas.append(sigma)
+        return step(velocity, x, sigma, next_sigma)
+
     device = noise.device
     counts.clear()
     cost.peak_memory(device, reset=True)
     start = cost.clock(device)
     latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference,
-                               **seams)  # fmt: skip
-    total = cost.clock(device) - start
-    return latents, {
+                               step=noted, **seams)  # fmt: skip
+    total, passes = cost.clock(device) - start, cost.run_counts(row)
+    gradients = passes["gradient"] + passes.get("coarse gradient", 0)
+    columns = {
         "total s": total, "guidance s": total - counts["seconds"], "denoising s": counts["seconds"],
-        "gradients": cost.run_counts(row)["gradient"], "block forwards": counts["forwards"],
-        "block backwards": counts["backwards"], "peak GiB": cost.peak_memory(device) / 2**30,
+        "gradients": gradients, "block forwards": counts["forwards"], "block backwards": counts["backwards"],
+        "peak GiB": cost.peak_memory(device) / 2**30,
     }  # fmt: skip
+    return latents, columns, [torch.tensor([*sigmas[guided:], 0.0]), *unguided]
+
+
+def every_velocity(dit, sigmas, x, contexts, row, step=fastvmt.euler_step, **seams):
+    """Latents that the unguided part of a run, from x at the first of sigmas on, leads to with every velocity."""
+    return fastvmt.sample(dit, x, sigmas, *contexts[:2], cfg_scale=row.cfg_scale, step=step)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of videos in [-1, 1], in dB."""
+    return -10 * ((a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean() / 4).clamp(min=1e-12).log10().item()
 
 
 def flow_columns(flow_ref, flow, entropy, num_frames, args):
@@ -218,7 +244,7 @@ def compute(rows, clips, args, model, **seams):
         block.compile()
     real_weights = args.model not in ("toy", "tiny") and not args.random_weights
     opened = open_metrics(device) if real_weights else []
-    classes = effect.texture_classes() if args.model == "toy" else None
+    classes = effect.texture_classes(size=fastvmt.canvas(args, model)[0]) if args.model == "toy" else None
     counts, warm = cost.count_passes(dit), False
     for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
         video = clip.video()
@@ -235,13 +261,17 @@ def compute(rows, clips, args, model, **seams):
                 short = {"steps": 1, "config": replace(row.config, inner_steps=1)}
                 run_row(dit, counts, *inputs, argparse.Namespace(**vars(row) | short), **seams)
                 warm = True
-            latents, columns = run_row(dit, counts, *inputs, row, **seams)
+            latents, columns, unguided = run_row(dit, counts, *inputs, row, **seams)
             # The flow with args' settings, whatever the row's, so that rows compare; the entropy with the row's.
             flow = metrics.read_flow(dit, latents, noise, contexts[""], args.config)
             entropy = metrics.read_entropy(dit, latents, noise, contexts[""], row.config)
             columns |= flow_columns(flow_ref, flow, entropy, offset_1 + 1, args)
             line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
-            result = codec.decode(latents) if clip.scene or others or args.keep_videos else None
+            reused = row.velocity_interval > 1 and len(unguided) > 1
+            result = codec.decode(latents) if clip.scene or others or args.keep_videos or reused else None
+            if reused:
+                whole = every_velocity(dit, *unguided, inputs[2], row, **seams)
+                columns["PSNR to every velocity, dB"] = psnr(result, codec.decode(whole))
             if clip.scene:
                 columns["motion error, px a frame"] = toy.motion_error(result[0].cpu(), clip.scene)
                 columns["prompt right"] = float(effect.shows(result[0].cpu(), prompt, classes))

@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import itertools
+import json
 import math
 import re
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import fastvmt
 import wan_min
-from lab import changes, cost, effect, metrics, table1, toy, train
+from lab import changes, cost, effect, frontier, metrics, table1, toy, train
 from test_fastvmt import HERE, close, moving_texture, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,10 +191,14 @@ def test_toy_on_the_command_line(tmp_path, capsys, monkeypatch):
     ref = write_clip(tmp_path / "in.mp4", num_frames=30)
     code, text, err = run_main(capsys, *args, "--ref", ref, "--frames", "6", "--prompt", "fine green-white blobs")
     assert code == 0 and "5 frames of 48x66 at 8 fps" in text and "does not know" not in text
+    large = [*args, "--size", "96x132", "--steps", "1", "--no-transfer", "--prompt", "coarse blue-white stripes"]
+    for extra, motion in (([], toy.describe_motion(toy.held_out(0, size=toy.LARGE)[0])), (["--ref", ref], "")):
+        code, text, err = run_main(capsys, *large, *extra)
+        assert code == 0 and "9 frames of 96x132 at 8 fps" in text and "portrait" not in text and motion in text, err
     for extra, message in (
         (["--prompt", "a fox"], "does not know fox; it knows coarse"),
-        (["--ref", ref, "--size", "48x66", "--prompt", "red"], "leave out --size"),
-        (["--size", "48x66", "--prompt", "red"], "leave out --size"),
+        (["--ref", ref, "--size", "64x66", "--prompt", "red"], "leave out --size, or --size 96x132"),
+        (["--size", "64x66", "--prompt", "red"], "leave out --size, or --size 96x132"),
         (["--ref", ref, "--frames", "13", "--prompt", "red"], "at most 9 frames"),
         (["--offload", "--prompt", "red"], "neither --offload nor --random-weights"),
     ):
@@ -232,11 +238,11 @@ def test_effect_says_what_it_measures(monkeypatch):
         ("generate", lambda dit, seed, camera, args, config: (None, seed, seed, [4, 1])),  # errors of plain and guided
         ("component_error", lambda result, seed, camera: result + seed % 2.0),
         ("shows", lambda result, seed, classes: result == 4 or seed % 2 == 1),
-        ("true_flow", lambda scene, i, j: (torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool))),
+        ("true_flow", lambda scene, i, j, size: (torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool))),
         ("READINGS", {name: effect.READINGS[name] for name in ("the toy's settings", "τ 1", "τ 1, no window")}),
     ):
         monkeypatch.setattr(effect, name, stub)
-    lines = list(effect.table(None, None, None, 2, 0))
+    lines = list(effect.table(None, argparse.Namespace(size=toy.SIZE), None, 2, 0))
     assert lines[2] == "| pan, px | 2 | 4.50 ± 0.71 | 1.50 ± 0.71 | 0.33 |"
     assert lines[-1] == "\nPrompt right: plain 8 of 8, and of these 4 guided; guided 4."
     _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
@@ -361,10 +367,38 @@ def test_table_counts_what_each_row_does(tmp_path, capsys):
         assert tuple(int(cells[n]) for n in ("gradients", "block forwards", "block backwards")) == expected, name
         total, guidance, denoising = (float(cells[column]) for column in ("total s", "guidance s", "denoising s"))
         assert total == pytest.approx(guidance + denoising, rel=0.01) and guidance > 0 and denoising > 0
+    near = "PSNR to every velocity, dB"
+    assert [bool(table["mean", name][near]) for name in counts] == [name == "velocity_interval=3" for name in counts]
     full, plain, other = (table["mean", name] for name in ("full method", "no transfer", rows[-3]))
     assert table["minus the full method", "w/o step-skip"]["gradients"] == "2"
     assert float(plain["guidance s"]) < 0.5 * float(full["guidance s"])
     assert [plain[n] == other[n] for n in ("L_AMF", "flow cosine", "entropy")] == [True, True, False]  # measured alike
+
+
+def test_reused_velocities_are_compared_with_the_same_run_without(monkeypatch):
+    """From its first unguided step on, also after an attempt that ran out of memory."""
+    args, model = table1.parse_arguments([*TABLE, "--steps", "6", "--shift", "1", "--guided-fraction", "0.4"])
+    context, negative, null = model.encode_prompts(["a cat", "blurred", ""]).split(1)
+    dit, noise, reference = model.load_dit(), randn(1, 16, 3, 6, 8), randn(1, 16, 3, 6, 8, seed=1)
+    inputs = dit, cost.count_passes(dit), noise, reference, (context, negative, null)
+    true, attempts = fastvmt.sample, itertools.count()
+
+    def sample(*inputs, **options):
+        if next(attempts) == 1:
+            options["callback"] = lambda number, x, history: number < 2 or run_out()
+        return true(*inputs, **options)
+
+    def run_out():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fastvmt, "sample", sample)
+    whole, _, _ = table1.run_row(*inputs, args)
+    args.velocity_interval = 3
+    latents, _, unguided = table1.run_row(*inputs, args)
+    assert len(unguided[0]) == 4 and (latents - whole).abs().max() > 0.01
+    assert table1.every_velocity(dit, *unguided, inputs[-1], args).equal(whole)
+    assert table1.psnr(torch.zeros(3), torch.full((3,), 0.2)) == pytest.approx(20)
+    assert table1.psnr(torch.ones(3), torch.full((3,), 3.0)) == pytest.approx(120)  # white is white
 
 
 def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
@@ -417,11 +451,11 @@ def test_random_weights_are_no_checkpoints(monkeypatch):
 
 def test_velocities_of_both_results_are_reused(monkeypatch):
     _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
-    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3)
+    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3, size=toy.LARGE)
     asked = []
     monkeypatch.setattr(fastvmt, "reuse_velocities", lambda *found: asked.append(found) or found[0])
     monkeypatch.setattr(fastvmt, "sample", lambda dit, noise, *a, **options: noise)
-    effect.generate(None, 5, "pan", args, config)
+    assert effect.generate(None, 5, "pan", args, config)[0].shape == (3, 9, 96, 132)
     assert asked == [(fastvmt.euler_step, 3, 3)] * 2
 
 
@@ -511,7 +545,7 @@ def test_tables_numbers_by_hand():
 
 
 def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(effect, "texture_classes", lambda: "coarse")
+    monkeypatch.setattr(effect, "texture_classes", lambda size: "coarse")
     monkeypatch.setattr(effect, "shows", lambda video, prompt, classes: classes in prompt)
     monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
     args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
@@ -533,6 +567,11 @@ def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
     video, scene, prompt = toy.held_out_lookalike(10009)
     clip = table1.make_clips(parsed, model)[2]
     assert clip[:3] == ("look-alikes 10009", 9, [prompt]) and clip.scene == scene and clip.video()[0].equal(video)
+    large = table1.make_clips(*table1.parse_arguments([*args, "block 2", "--size", "96x132"]))
+    assert large[0].scene == toy.held_out(10007, "pan", False, toy.LARGE)[1]
+    for clip in large:
+        assert clip.video().shape == (1, 3, 9, 96, 132)
+        assert clip.scene["scale"] == clip.prompts[0].split()[0] == "coarse"
 
 
 def test_columns_of_real_videos(monkeypatch, capsys):
@@ -652,6 +691,72 @@ def test_dry_run_and_bench(capsys, monkeypatch):
     assert not any(x in y for x, y in itertools.combinations(cost.PEAK_TFLOPS, 2))  # the first that fits a card counts
     monkeypatch.undo()
     assert run_table(capsys, "--model", "toy", "--bench")[:2] == (2, "")
+
+
+def test_coarse_passes_cost_what_they_do_at_half_the_size(capsys):
+    args = "--model tiny --device cpu --frames 5 --cfg-scale 1 --steps 10 --guided-fraction 0.3 --coarse 0.6".split()
+    large, model = table1.parse_arguments([*args, "--size", "64x96", "--ref-noise", "match"])
+    flops, peaks = cost.count(large, model)
+    small, small_peaks = cost.count(table1.parse_arguments([*args, "--size", "32x48", "--coarse", "0"])[0], model)
+    counts = {"coarse reference pass": 2, "coarse gradient": 8, "reference pass": 1, "gradient": 4}  # of 3 steps
+    for phase, times in counts.items():
+        assert cost.run_counts(large)[phase] == times
+        if "coarse" in phase:
+            assert flops[phase] == small[phase[7:]] and peaks[phase][0] < 1.1 * small_peaks[phase[7:]][0], phase
+    command = [*args, "--size", "64x96", "--ref-noise", "match", "--dry-run", "--rows"]
+    code, out, err = run_table(capsys, *command, "coarse=0")
+    assert code == 0 and not err, err
+    tables = read_table(out)
+    assert [cells["times"] for (title, _), cells in tables.items() if not title] == list("128144") + ["10", "1"]
+    guidance = sum(flops[phase][0] * times for phase, times in counts.items()) / 1e15
+    rest = (10 * flops["velocity"][0] + flops["encode"][0] + flops["decode"][0]) / 1e15
+    hooked = 5 * (flops["velocity"][0] - flops["reference pass"][0]) / 1e15  # passes that the pipeline of others has
+    cells = tables["run, PFLOP", "full method"]
+    for column, true in (("guidance", guidance), ("all", guidance + rest), ("whole passes", guidance + rest + hooked)):
+        assert float(cells[column]) == pytest.approx(true, rel=0.006), column
+    fine = (12 * flops["gradient"][0] + 3 * flops["reference pass"][0]) / 1e15
+    assert float(tables["run, PFLOP", "coarse=0"]["guidance"]) == pytest.approx(fine, rel=0.006)
+    _, out, _ = run_table(capsys, *command, "coarse=0.6", "--coarse", "0")
+    assert read_table(out)["run, PFLOP", "coarse=0.6"]["guidance"] == cells["guidance"]
+
+
+def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
+    phases = ("encode", "decode", "reference pass", "gradient", "velocity", "coarse reference pass", "coarse gradient",
+              "of it AMF, losses, optimizer")  # fmt: skip
+    flops = {phase: [10**15 * n] for n, phase in enumerate(phases, 1)}
+    asked = []
+
+    def table(argv):
+        args, model = table1.parse_arguments(argv)
+        asked.append((args, rows := table1.make_rows(argv, args, model.blocks)))
+        lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error}}
+                 for name, errors in (("full method", (0.5, 1.5)), ("preset fast", (2.0,)))
+                 for n, error in enumerate(errors) for row in [rows[name]]]  # fmt: skip
+        (args.out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return 0
+
+    monkeypatch.setattr(frontier, "prices", lambda: flops)
+    monkeypatch.setattr(table1, "main", table)
+    assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
+    ((args, rows),) = asked
+    assert args.size == toy.LARGE and args.clips == 24 and len(rows) == 1 + len(frontier.ROWS)
+    # 13 of 25 steps are guided, by 5 gradients each; of fast, 10 by 4 coarse ones and 3 by 4; then 4 of 12 velocities.
+    full, fast = 1 + 2 + 3 + 65 * 4 + 50 * 5, 1 + 2 + 6 + 40 * 7 + 3 + 12 * 4 + 34 * 5
+    table = read_table(capsys.readouterr().out.strip())
+    assert table["", "full method"] == {
+        "": "full method",
+        "PFLOP": f"{full}.0",
+        "error, px a frame": "1.00 ± 0.50",
+        "clips": "2",
+    }
+    assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and len(table) == 2
+    picture = Image.open(tmp_path / "frontier.png")
+    column, row = frontier.axis_places([("", full, 1.0, 0.5, 2), ("", fast, 2.0, 0.0, 1)])
+    assert picture.getpixel((round(column(full)), round(row(1.0)))) == (0, 0, 128)
+    assert picture.getpixel((round(column(fast)), round(row(2.0)))) == (255, 140, 0)
+    for error, drawn in ((1.4, True), (0.6, True), (1.6, False), (0.4, False)):  # the bar
+        assert (picture.getpixel((round(column(full)), round(row(error)))) == (0, 0, 128)) == drawn
+    assert column(0) == frontier.LEFT and row(0) == frontier.BOTTOM
 
 
 def test_flow_agreement():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import wan_min
 
-FRAMES, SIZE = 9, (48, 66)
+FRAMES, SIZE, LARGE = 9, (48, 66), (96, 132)  # trained at SIZE only; it draws LARGE as well
 COLORS = {
     "black": (0.05, 0.05, 0.05), "white": (0.95, 0.95, 0.95), "blue": (0.1, 0.3, 0.9), "green": (0.1, 0.7, 0.25),
     "red": (0.9, 0.1, 0.1), "yellow": (1.0, 0.9, 0.1), "pink": (1.0, 0.4, 0.75), "orange": (1.0, 0.55, 0.1),
@@ -48,7 +48,7 @@ def draw_velocity(largest, generator):
     return speed * math.sin(angle), speed * math.cos(angle)
 
 
-def draw_scene(generator, camera=None, sprite=None):
+def draw_scene(generator, camera=None, sprite=None, size=SIZE):
     """What a clip shows and how it moves, as a dict of words and numbers.
 
     camera: "pan", "zoom", "rotation" or "still"; sprite: whether there is one; both drawn if not given. The scene's
@@ -64,7 +64,7 @@ def draw_scene(generator, camera=None, sprite=None):
     if sprite:
         scene |= {"color": choose(SPRITES, g), "shape": choose(SHAPES, g), "striped": draw(0, 1, g) < 0.4}
         velocity = draw_velocity(4.0, g)
-        room = [side / 2 - 0.7 * RADIUS - abs(v) * (FRAMES - 1) / 2 for side, v in zip(SIZE, velocity)]  # stays in view
+        room = [side / 2 - 0.7 * RADIUS - abs(v) * (FRAMES - 1) / 2 for side, v in zip(size, velocity)]  # stays in view
         scene |= {"velocity": velocity, "place": tuple(draw(-r, r, g) for r in room)}
     return scene
 
@@ -133,12 +133,12 @@ def sprite_path(scene, times):
     return torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
 
 
-def render(scene, generator, part=(slice(None),) * 3):
+def render(scene, generator, part=(slice(None),) * 3, size=SIZE):
     """Video (3, F, H, W) in [-1, 1] of a scene: what is mid-clip at q is at e^{t·zoom}·R(t·rotation)·q + t·v at t.
 
     part: slices of the frames, rows and columns that are wanted.
     """
-    camera, times, pixels = torch.tensor(scene["camera"]), frame_times()[part[0]], pixel_grid()[tuple(part[1:])]
+    camera, times, pixels = torch.tensor(scene["camera"]), frame_times()[part[0]], pixel_grid(size)[tuple(part[1:])]
     points, wavelength = mid_clip(pixels, camera, times), SCALES[scene["scale"]]
     inside = draw_texture(points, scene["texture"], wavelength, generator, scene.get("regular", False))
     low, high = (torch.tensor(COLORS[name]) for name in scene["palette"].split("-"))
@@ -324,14 +324,16 @@ def describe_motion(video):
 # ---- Clips to try the method on --------------------------------------------------------------------------------------
 
 
-def held_out(seed, camera=None, sprite=None):
+def held_out(seed, camera=None, sprite=None, size=SIZE):
     """A reference's video (3, F, H, W) and scene, and the prompt of another scene, which has a sprite if it has one."""
     g = torch.Generator().manual_seed(seed)
-    scene = draw_scene(g, camera, sprite)
-    return render(scene, g), scene, describe(draw_scene(g, camera, "velocity" in scene))
+    # Coarse textures alone on a large canvas: pooled by 2, they are about as fine as the toy has seen.
+    scale = {"scale": "coarse"} if size == LARGE else {}
+    scene = draw_scene(g, camera, sprite, size) | scale
+    return render(scene, g, size=size), scene, describe(draw_scene(g, camera, "velocity" in scene) | scale)
 
 
-def held_out_lookalike(seed):
+def held_out_lookalike(seed, size=SIZE):
     """As held_out, of a panning reference whose texture is a strict lattice of nothing but look-alikes.
 
     Its period, 22 to 28 pixels of a coarse one, is more than half a window of 5 tokens away, and no pan of a frame
@@ -340,12 +342,14 @@ def held_out_lookalike(seed):
     g = torch.Generator().manual_seed(seed)
     scene = draw_scene(g, "pan", False)
     scene |= {"scale": "coarse", "texture": choose(("blobs", "checks"), g), "regular": True}
-    return render(scene, g), scene, describe(draw_scene(g, "pan", False))
+    return render(scene, g, size=size), scene, describe(draw_scene(g, "pan", False))
 
 
-def held_out_of_kind(seed, kind):
+def held_out_of_kind(seed, kind, size=SIZE):
     """held_out by what moves: a camera's "pan", "zoom" or "rotation", "still" (a sprite alone), or "look-alikes"."""
-    return held_out_lookalike(seed) if kind == "look-alikes" else held_out(seed, kind, kind == "still")
+    if kind == "look-alikes":
+        return held_out_lookalike(seed, size)
+    return held_out(seed, kind, kind == "still", size)
 
 
 def prepare(video, prompt, seed, device="cpu"):
@@ -364,9 +368,9 @@ def load():
 
 # ---- The toy as a base model of fastvmt ------------------------------------------------------------------------------
 
-WRONG_SIZE = f"the toy makes at most {FRAMES} frames of {SIZE[0]}x{SIZE[1]} (leave out --size)"
+WRONG_SIZE = f"the toy makes at most {FRAMES} frames of 48x66 (leave out --size, or --size 96x132)"
 DEFAULTS = {  # block, tile and window as the small grid needs them
-    "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 7.0, "block": 5,
+    "size": SIZE, "frames": 9, "steps": 25, "shift": 1.0, "cfg_scale": 7.0, "block": 5,
     "tile": (2, 2), "window": 5, "tau": 3.0, "lambda_window": 0.1, "guided_fraction": 0.5, "inner_steps": 20,
     "interval": 4, "lr": (0.006, 0.005),
 }  # fmt: skip
@@ -374,9 +378,9 @@ DEFAULTS = {  # block, tile and window as the small grid needs them
 
 def read_demo(path, num_frames, size, **options):
     """A held-out clip, with fastvmt.read_video's arguments."""
-    if size != SIZE:
+    if size not in (SIZE, LARGE):
         raise wan_min.ModelError(WRONG_SIZE)
-    return held_out(0)[0][None, :, :num_frames]
+    return held_out(0, size=size)[0][None, :, :num_frames]
 
 
 class Codec:
@@ -389,7 +393,7 @@ class Codec:
 
     @staticmethod
     def encode(video, progress=None):
-        if video.shape[2] > FRAMES or video.shape[3:] != SIZE:
+        if video.shape[2] > FRAMES or video.shape[3:] not in (SIZE, LARGE):
             raise wan_min.ModelError(WRONG_SIZE)
         if progress:
             print(f"motion of the reference: {describe_motion(video[0].cpu())}")
@@ -419,6 +423,6 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
 
     return wan_min.Model(
         blocks=ARCHITECTURE["num_layers"], encode_prompts=encode_text, load_codec=lambda vae_tiles=False: Codec,
-        load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE,), max_frames=FRAMES,
-        fps=8.0, defaults=DEFAULTS, demo=read_demo,
+        load_dit=lambda progress=iter: wan_min.cast(load(), dtype).to(device), canvases=(SIZE, LARGE),
+        max_frames=FRAMES, fps=8.0, defaults=DEFAULTS, demo=read_demo,
     )  # fmt: skip

@@ -33,14 +33,14 @@ def draw_batch(count, generator, shape=(toy.FRAMES, *toy.SIZE)):
     return toy.encode(video), context, torch.stack([token_matches(s, part) for s, part in zip(scenes, parts)])
 
 
-def token_matches(scene, part):
+def token_matches(scene, part, size=toy.SIZE):
     """Where the content of each token is on each frame, shared among the four tokens around it: (F, S, F, S).
 
     Zero where it is out of view or hidden by the sprite, and from a frame to itself.
     """
     camera, times = torch.tensor(scene["camera"]), toy.frame_times()[part[0]]
     side = 2 * toy.ARCHITECTURE["patch_size"][1]  # of a token, in pixels
-    centers = F.avg_pool2d(toy.pixel_grid()[tuple(part[1:])].permute(2, 0, 1), side).permute(1, 2, 0)  # (H, W, 2)
+    centers = F.avg_pool2d(toy.pixel_grid(size)[tuple(part[1:])].permute(2, 0, 1), side).permute(1, 2, 0)  # (H, W, 2)
     points = torch.einsum("gxy,fhwy->fhwgx", toy.similarity(camera, times), toy.mid_clip(centers, camera, times))
     points = points + times[:, None] * camera[:2]
     known = ~torch.eye(len(times), dtype=bool)[:, None, None].expand(points.shape[:-1])
