@@ -1204,13 +1204,6 @@ def test_a_start_inside_a_long_video(ending):
         close(seen.mean((0, 2, 3)), torch.tensor([(math.floor(start * 5) + n) % 24 * 10.0 for n in range(5)]), 4)
 
 
-def test_rate_and_pixels_are_of_one_stream():
-    small = write_clip("small.mp4")
-    large = write_clip("large.mp4", 60, (96, 160), fps=30)
-    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", "both.mkv")
-    assert torch.equal(levels("both.mkv"), levels(small))
-
-
 def test_a_folder_of_pictures_is_a_video():
     folder, shades = Path("a %d:b"), [127.5, 40, *range(50, 180, 10)]  # of x%d1 and so on
     folder.mkdir()

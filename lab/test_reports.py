@@ -136,6 +136,13 @@ def test_interlaced_frames_have_no_combs():
     close(levels(path, size=(96, 160))[:, 1:-1, :, 20:-20], true[:, 1:-1, :, 20:-20].float(), 6)
 
 
+def test_rate_and_pixels_are_of_one_stream():
+    small = write_clip("small.mp4")
+    large = write_clip("large.mp4", 60, (96, 160), fps=30)
+    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", "both.mkv")
+    assert torch.equal(levels("both.mkv"), levels(small))
+
+
 def test_files_in_a_folder_that_are_no_frames_are_told(capsys, monkeypatch):
     os.mkdir("clip")
     for n in range(6):
