@@ -23,13 +23,14 @@ import math
 import os
 import signal
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("fastvmt: interrupted"))  # until all is imported
+    # Until all is imported; no exception, as that would be shown.
+    interrupt = signal.signal(signal.SIGINT, lambda *_: os._exit(print("fastvmt: interrupted", file=sys.stderr) or 130))
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -276,8 +277,6 @@ def optimize_latent(x, objective, *, steps=10, interval=3, lr=(0.003, 0.002)):
     objective: x -> scalar, called ⌈steps/interval⌉ times. lr: first and last, linear in between. Returns a new x, fp32
     or better: bf16 never moves a third of it. Raises RuntimeError under torch.inference_mode.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("guidance needs gradients: use torch.no_grad, not torch.inference_mode")
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).clone().requires_grad_(True)
     optimizer = torch.optim.AdamW([x])  # with the default weight decay, 0.01: the paper names none
     for step in range(steps):
@@ -402,6 +401,7 @@ import tempfile
 from collections import deque
 from itertools import count, islice
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -423,7 +423,7 @@ def open_video(path, options, filters):
     """A video's description, and its frames as RGBA bytes."""
     source = DEMO if path == "demo" else os.path.abspath(path)  # else a name may be read as a URL
     inputs = ["-reinit_filter", "0", *options]  # or time starts anew where the size changes
-    # An AVIF's stills, which have no language, come first, and an alpha's animation last.
+    # An AVIF's animation is the stream with a language; that of its alpha is stream 3.
     streams = ["0:V:m:language", "-map", "-0:3"] if source.lower().endswith(".avif") else ["0:V:0"]
     filters = ",".join(["scale=iw*sar:ih", *filter(None, filters)])
     outputs = ["-map", *streams, "-sws_flags", SCALER, "-vf", filters]
@@ -479,7 +479,7 @@ def read_pictures(path, size, fps, start, turn):
     for n, file in enumerate(files[round(start * fps) :]):
         try:
             image = ImageOps.exif_transpose(Image.open(file))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"cannot read the reference {file} ({error})") from None
         size = size[::-1] if n == 0 and turn and image.height > image.width else size
         image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # convert() would clip 16 bits
@@ -501,7 +501,7 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     frames = list(islice(frames, num_frames))
     if len(frames) < 5:
         count = f"{len(frames)} frames from {start:g} s at --fps {fps:g}, fewer than 5"
-        raise UserError(f"reference {path} has {count}; its own rate is {rate:g}")
+        raise UserError(f"reference {path} has {count}" + f"; its own rate is {rate:g}" * (rate != fps))
     frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1]))
     color, alpha = rearrange(frames, "t h w c -> 1 c t h w").split([3, 1], dim=1)
     return (color / 127.5 - 1) * (alpha / 255)  # on mid grey
@@ -510,6 +510,24 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
 def scratch(path):
     """A hidden folder, on the disk of a file or of what a symbolic link leads to, for what is not whole yet."""
     return tempfile.TemporaryDirectory(prefix=".fastvmt-", dir=os.path.dirname(os.path.realpath(path)))
+
+
+@contextmanager
+def claimed(path):
+    """Keep other runs off a name, at most until this process ends. Raises UserError where another has it."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run has {path}: give another --out, or wait") from None
+    except (OSError, NotImplementedError):
+        pass  # some disks have no locks
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # on Windows the release unlinks it
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def write_video(path, video, fps, comment=""):
@@ -526,22 +544,23 @@ def write_video(path, video, fps, comment=""):
             count_frames_and_secs(part)  # fails where ffmpeg did; imageio is silent
             part.replace(os.path.realpath(path))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); is the disk full?") from None
+        reason = f"{str(error).splitlines()[0]}); is the disk full, or ffmpeg older than 7?"
+        raise UserError(f"cannot write {path} ({reason}") from None
 
 
-def keep_latents(path, latents):
-    """Save latents, the whole or nothing, or else as a temporary file. Returns the path. Raises OSError."""
+def keep_latents(latents, *paths):
+    """Save latents under the first of the paths that takes them, the whole or nothing. Returns that, or None."""
     data = save({"result": latents.cpu()})
-    try:
-        with scratch(path) as folder:
-            part = Path(folder, path.name)
-            part.write_bytes(data)
-            part.replace(path)
-    except OSError as error:
-        print(f"cannot write {path}, {len(data)} bytes ({error.strerror})")
-        path = Path(tempfile.gettempdir(), f"{os.getpid()}.{path.name}")
-        path.write_bytes(data)
-    return path
+    for path in paths:
+        try:
+            with scratch(path) as folder:
+                part = Path(folder, "latents")
+                part.write_bytes(data)
+                part.replace(path)
+            print(f"latents kept in {path}; if decoding fails, the same flags and --decode {path} finish it")
+            return path
+        except OSError as error:
+            print(f"cannot write {path}, {len(data)} bytes ({error.strerror})")
 
 
 # ---- Command line ----
@@ -572,7 +591,7 @@ def build_parser(required=False):
     parser.description = "Give a video of the prompt the motion of a reference video."
 
     def error(message):
-        raise UserError(message.replace("one argument", "one argument; if that begins with a dash, --prompt=…"))
+        raise UserError(re.sub(r"(--\S+)(: .* one argument)", r"\1\2, or \1=… if that begins with a dash", message))
 
     def add(name, default, text, **options):
         if default is False:
@@ -632,7 +651,7 @@ def parse_arguments(argv, parser=None, **options):
         probe = torch.ones(1, device=args.device)
         probe.item()  # "meta" has none
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device {args.device} cannot be used ({str(error).splitlines()[0]})") from None
+        raise UserError(f"device {args.device} cannot be used ({shorten(str(error), 200)})") from None
     full = args.dtype == "fp32" or args.dtype is None and probe.is_cpu
     dtype = torch.float32 if full else torch.bfloat16
     source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
@@ -653,17 +672,20 @@ def canvas(args, model):
 def check_arguments(args, kept):
     """UserError or OSError for what is wrong before anything is loaded."""
     if not args.prompt.strip() or len(args.prompt + args.negative_prompt) > 10_000:
-        raise UserError("the prompt is empty or over 10,000 characters")
+        raise UserError("the prompt is empty or, with the negative one, over 10,000 characters")
     if args.compile and args.offload:
         raise UserError("--compile and --offload exclude each other")
     same = os.path.exists(args.ref) and os.path.exists(args.out) and os.path.samefile(args.ref, args.out)
     if args.out.suffix.lower() != ".mp4" or same:
         raise UserError("--out must end in .mp4, and not be the reference")
     for path in (kept, args.out):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise UserError(f"{path} is a folder")
-        with scratch(path):  # OSError where nothing can be written
-            pass
+        try:
+            with scratch(path) as folder:
+                Path(folder, path.name).touch()
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror})") from None
 
 
 def reuse_velocities(step, guided, interval):
@@ -720,20 +742,12 @@ def run(args, config, model, **seams):
     """From reference to written video; seams: features, losses and step of `sample`."""
     kept = args.decode or args.out.parent / f"{args.out.stem}.latents.safetensors"
     check_arguments(args, kept)
-    lock = kept.with_name(f".{kept.name}.lock")
-    try:
-        with FileLock(lock, timeout=0):  # lifted with its process, too
-            try:
-                transfer(args, config, model, kept, **seams)
-            finally:
-                with suppress(OSError):  # Windows unlinks it itself
-                    lock.unlink()
-    except Timeout:
-        raise UserError(f"another run is writing {kept}: give another --out") from None
+    with claimed(args.out), claimed(kept):
+        transfer(args, config, model, kept, **seams)
 
 
 def transfer(args, config, model, kept, **seams):
-    """run, which keeps its latents in a file meanwhile."""
+    """What run does once its names are its own."""
     if kept.exists() and not args.decode:
         raise UserError(f"{kept} is what a stopped run kept: --decode, move or delete it")
     size, turn = canvas(args, model)
@@ -768,13 +782,13 @@ def transfer(args, config, model, kept, **seams):
             block.compile()
         latents = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference, **seams)
         del dit  # the decoder needs the memory
-        kept = keep_latents(kept, latents)
-        print(f"latents kept in {kept}; if decoding fails, the same flags and --decode {kept} finish it")
+        kept = keep_latents(latents, kept, Path(tempfile.gettempdir(), f"{os.getpid()}.latents.safetensors"))
     result = codec.decode(latents, progress=progress)
     record = vars(args) | dict(program="FastVMT", torch=torch.__version__, vae_tiles=codec.vae_tiles, ai_generated=True)
     record["ref"] = os.path.basename(args.ref)
     write_video(args.out, result, fps, json.dumps(record, default=os.path.basename))
-    kept.unlink()
+    if kept:
+        kept.unlink()
     print(f"wrote {args.out}")
 
 
@@ -804,7 +818,7 @@ def main(argv=None, **seams):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="replace", line_buffering=True)  # a console may not know σ

@@ -468,7 +468,7 @@ def test_bad_arguments_of_the_method(dit):
                           (two, dict(reference=two))):  # fmt: skip
         with pytest.raises(ValueError, match="reference.*noise's shape, a single clip, .*null"):
             sample(dit, noise, **change)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.no_grad"):
+    with torch.inference_mode(), pytest.raises(RuntimeError):
         fastvmt.optimize_latent(randn(5), lambda x: x.sum())
     nan = math.nan
     refused = dict(
@@ -874,7 +874,7 @@ def test_without_config_the_width_tells_the_layout(monkeypatch, model):
 @pytest.mark.parametrize("shards, prefix", [(0, None), (3, None), (0, ""), (0, "model.diffusion_model.")])
 def test_a_checkpoint_gives_its_modules(monkeypatch, shards, prefix):
     modules, counts, name, offload = write_checkpoint("model", shards), [], "model", shards > 0
-    for kind in ("_old", ".fp16"):
+    for kind in ("_old", ".fp16", *["-00001-of-00002"] * (not shards)):
         other = {key: p + 1 for key, p in modules[DiT].state_dict().items()}
         save_file(other, f"model/diffusion_pytorch_model{kind}.safetensors")
     if prefix is not None:
@@ -943,6 +943,10 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
         tokenizer.add_tokens(tokens)
         tokenizer.save(TOKENIZER_FILE)
 
+    def double(shard):
+        shutil.copy(DIT_FILE, shard)
+        os.rename(DIT_FILE, shard.replace("2-", "1-"))
+
     def cut(name, keep=0.7):
         data = Path(name).read_bytes()
         Path(name).write_bytes(data[: int(len(data) * keep)])
@@ -955,7 +959,7 @@ def test_unusable_checkpoints_are_refused(tmp_path, monkeypatch):
         ("without the google/umt5-xxl/tokenizer.json", retoken, "<e>", []),
         ("umt5-xxl/tokenizer.json of models_t5", retoken, "</s>", ["more"]),
         ("-00001-of-00002.safetensors is missing", os.rename, DIT_FILE, shard),
-        ("holds its DiT twice", shutil.copy, DIT_FILE, shard.replace("2", "1")),
+        ("holds its DiT twice", double, shard),
         ("VAE.pth is missing or damaged (Weights only", torch.save, {"a": Path()}, VAE_FILE),
         *((f"{name} is missing", os.remove, name) for name in (VAE_FILE, TOKENIZER_FILE)),
         *((f"{name} is missing", cut, name) for name in ("config.json", DIT_FILE, VAE_FILE, TOKENIZER_FILE)),
@@ -1198,47 +1202,6 @@ def test_a_start_inside_a_long_video(ending):
     for start in (0.6, 3.4, 18.25):
         seen = levels(path, fps=5, size=(32, 32), num_frames=5, start=start)
         close(seen.mean((0, 2, 3)), torch.tensor([(math.floor(start * 5) + n) % 24 * 10.0 for n in range(5)]), 4)
-
-
-FFV1 = f"-c:v ffv1 -vf scale=flags={fastvmt.SCALER}:out_color_matrix="
-HALF = "format=rgba,colorchannelmixer=aa=0.5"
-VPX = f"-vf {HALF},scale=out_color_matrix=bt601:flags={fastvmt.SCALER},format=yuva420p"
-COLOURS = {  # the file's ending and options of its encoder
-    "sd": (".mkv", FFV1 + "bt601,format=yuv420p,setparams=colorspace=unknown"),
-    "hd": (".mkv", FFV1 + "bt709,format=yuv420p,setparams=colorspace=unknown"),
-    "hd tagged": (".mkv", FFV1 + "bt601,format=yuv420p,setparams=colorspace=smpte170m"),
-    "full": (".mkv", FFV1 + "bt601,format=yuv420p,scale=out_range=pc,setparams=colorspace=unknown -color_range pc"),
-    "bt2020": (".mkv", FFV1 + "bt2020,format=yuv420p10le,setparams=colorspace=bt2020nc"),
-    "gray": (".mkv", "-c:v ffv1 -pix_fmt gray"),
-    "png alpha": (".mov", f"-c:v png -vf {HALF}"),
-    "vp9 alpha": (".webm", f"-c:v libvpx-vp9 -crf 4 {VPX}"),
-    "vp8 alpha": (".webm", f"-c:v libvpx -b:v 9M -auto-alt-ref 0 {VPX}"),
-    "palette alpha": (".mov", "-c:v png -vf format=rgba,colorkey=0x787878:0.01,split[a][b];"
-                              "[a]palettegen[p];[b][p]paletteuse"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", COLOURS)
-def test_colours_of_all_kinds(kind):
-    ending, options = COLOURS[kind]
-    expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])  # left, right
-    height, width = (720, 1280) if "hd" in kind else (48, 80)
-    frame = np.tile(expected.byte().numpy().repeat(width // 2, 0), (5, height, 1, 1))
-    if kind == "gray":
-        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
-    if kind == "palette alpha":  # the right half is not there
-        expected[1] = 127.5
-    elif "alpha" in kind:  # on mid grey
-        expected = (expected + 127.5) / 2
-    halves = levels(encode("in" + ending, frame, *options.split())).chunk(2, dim=3)
-    close(torch.stack([half[..., 3:-3].mean((1, 2, 3)) for half in halves]), expected, 1.6)
-
-
-def test_rate_and_pixels_are_of_one_stream():
-    small = write_clip("small.mp4")
-    large = write_clip("large.mp4", 60, (96, 160), fps=30)
-    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", "both.mkv")
-    assert torch.equal(levels("both.mkv"), levels(small))
 
 
 def test_a_folder_of_pictures_is_a_video():
@@ -1545,7 +1508,7 @@ def test_user_errors(capsys, monkeypatch):
         "--model empty": "without diffusion_pytorch_model*.safetensors",
         "--block 5": "block must be int from 1 to 4, not 5",
         "--ref-noise 2": "ref_noise must be float from 0.0 to 1.0 or 'match', not 2",
-        "--out missing/o.mp4": "missing",
+        "--out missing/o.mp4": "cannot write missing/o.latents.safetensors (No such file",
         "--out o.avi": ".mp4",
         "--out in.mp4": "not be the reference",
         "--out same.mp4": "not be the reference",
@@ -1562,6 +1525,7 @@ def test_user_errors(capsys, monkeypatch):
         "--device meta": "device meta cannot be used",
         "--device hpu": "device hpu cannot be used",
         "--prompt -fox": "--prompt=…",
+        "--out": "expected one argument, or --out=…",
         "--decode text.mp4": "header",
         "--decode no.safetensors": "no.safetensors",
         "--decode other.safetensors": "holds no latents of this",

@@ -628,7 +628,9 @@ def find_checkpoint(name, parts=tuple(PARTS)):
         return len(first.blocks), lambda: dict.fromkeys(parts, name)
     if os.path.isfile(name):
         file = Path(name)
-        if file.suffix != ".safetensors" or re.search("wan.?2.?2|_noise", file.name, re.I):  # 2.2 has 2.1's tensors
+        if file.suffix.lower() != ".safetensors" or re.search(
+            r"wan.?2.?2(?!\d)|_noise", file.name, re.I
+        ):  # 2.2 has 2.1's tensors
             raise unusable(name, "not a .safetensors file of Wan 2.1")
         blocks, beside = len(load(DiT, name).blocks), (file.parent / TEXT_FILE).exists()
         _, fetch = find_checkpoint(file.parent if beside else REPOS["1.3B"], (TextEncoder, VAE))
@@ -679,12 +681,14 @@ def read_config(folder):
 
 
 def dit_files(folder):
-    """Files of the DiT in a folder, also the shards that are missing; a file is its own."""
-    if folder.is_file():
-        return [folder]
-    listing = "\n".join(os.listdir(folder))
-    found = re.findall(r"^(diffusion_pytorch_model(?:-\d{5}-of-(\d{5}))?\.safetensors)$", listing, re.M)
-    names = {re.sub(r"-\d+-", f"-{n + 1:05}-", name) for name, count in found for n in range(int(count or 1))}
+    """The DiT's file or, where there is none, its shards, also those that are missing."""
+    for file in (folder, folder / PARTS[DiT].replace("*", "")):
+        if file.is_file():
+            return [file]
+    found = re.findall(
+        r"^(diffusion_pytorch_model-)\d{5}(-of-(\d{5})\.safetensors)$", "\n".join(os.listdir(folder)), re.M
+    )
+    names = {f"{start}{n + 1:05}{end}" for start, end, count in found for n in range(int(count))}
     for file in folder.glob(f"snapshots/*/{VAE_FILE}"):
         raise ModelError(f"{folder} is the hub's cache: give --model {file.parent}")
     if not names:

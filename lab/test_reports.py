@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 import fastvmt
 from test_fastvmt import (
     DEMO,
-    FFV1,
     HERE,
     close,
     encode,
@@ -65,6 +64,40 @@ def test_an_animated_avif_is_not_its_still(alpha):
     close(right, torch.arange(0.0, 130, 10), 6)
 
 
+FFV1 = f"-c:v ffv1 -vf scale=flags={fastvmt.SCALER}:out_color_matrix="
+HALF = "format=rgba,colorchannelmixer=aa=0.5"
+VPX = f"-vf {HALF},scale=out_color_matrix=bt601:flags={fastvmt.SCALER},format=yuva420p"
+COLOURS = {  # the file's ending and options of its encoder
+    "sd": (".mkv", FFV1 + "bt601,format=yuv420p,setparams=colorspace=unknown"),
+    "hd": (".mkv", FFV1 + "bt709,format=yuv420p,setparams=colorspace=unknown"),
+    "hd tagged": (".mkv", FFV1 + "bt601,format=yuv420p,setparams=colorspace=smpte170m"),
+    "full": (".mkv", FFV1 + "bt601,format=yuv420p,scale=out_range=pc,setparams=colorspace=unknown -color_range pc"),
+    "bt2020": (".mkv", FFV1 + "bt2020,format=yuv420p10le,setparams=colorspace=bt2020nc"),
+    "gray": (".mkv", "-c:v ffv1 -pix_fmt gray"),
+    "png alpha": (".mov", f"-c:v png -vf {HALF}"),
+    "vp9 alpha": (".webm", f"-c:v libvpx-vp9 -crf 4 {VPX}"),
+    "vp8 alpha": (".webm", f"-c:v libvpx -b:v 9M -auto-alt-ref 0 {VPX}"),
+    "palette alpha": (".mov", "-c:v png -vf format=rgba,colorkey=0x787878:0.01,split[a][b];"
+                              "[a]palettegen[p];[b][p]paletteuse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COLOURS)
+def test_colours_of_all_kinds(kind):
+    ending, options = COLOURS[kind]
+    expected = torch.tensor([[200.0, 60, 30], [120, 120, 120]])  # left, right
+    height, width = (720, 1280) if "hd" in kind else (48, 80)
+    frame = np.tile(expected.byte().numpy().repeat(width // 2, 0), (5, height, 1, 1))
+    if kind == "gray":
+        expected[0] = 0.299 * 200 + 0.587 * 60 + 0.114 * 30
+    if kind == "palette alpha":  # the right half is not there
+        expected[1] = 127.5
+    elif "alpha" in kind:  # on mid grey
+        expected = (expected + 127.5) / 2
+    halves = levels(encode("in" + ending, frame, *options.split())).chunk(2, dim=3)
+    close(torch.stack([half[..., 3:-3].mean((1, 2, 3)) for half in halves]), expected, 1.6)
+
+
 @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
 def test_hdr_is_shown_as_bt709(transfer, monkeypatch):
     # By the formulas of ST 2084 and BT.2100: white is 203 cd/m² (BT.2408), a display of BT.709 has gamma 2.4 (BT.1886).
@@ -103,7 +136,14 @@ def test_interlaced_frames_have_no_combs():
     close(levels(path, size=(96, 160))[:, 1:-1, :, 20:-20], true[:, 1:-1, :, 20:-20].float(), 6)
 
 
-def test_files_in_a_folder_that_are_no_frames_are_told(capsys):
+def test_rate_and_pixels_are_of_one_stream():
+    small = write_clip("small.mp4")
+    large = write_clip("large.mp4", 60, (96, 160), fps=30)
+    ffmpeg("-i", small, "-i", large, "-map", "0", "-map", "1", "-c", "copy", "both.mkv")
+    assert torch.equal(levels("both.mkv"), levels(small))
+
+
+def test_files_in_a_folder_that_are_no_frames_are_told(capsys, monkeypatch):
     os.mkdir("clip")
     for n in range(6):
         Image.fromarray(np.full((32, 64), 20 * n, np.uint8)).save(f"clip/{n:05}.{('gif', 'TIFF')[n % 2]}")
@@ -117,6 +157,12 @@ def test_files_in_a_folder_that_are_no_frames_are_told(capsys):
     seen = levels("clip").mean((0, 2, 3))
     text = capsys.readouterr().out
     assert len(seen) == 5 and text.count("\n") == 2 and "clip differ in their ending only: each is read" in text
+    os.mkdir("few")
+    with pytest.raises(fastvmt.UserError, match="0 frames from 0 s at --fps 12, fewer than 5$"):
+        levels("few")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(fastvmt.UserError, match="clip/00000.gif .*decompression bomb"):
+        levels("clip")
 
 
 def test_what_is_missing_is_told_before_a_model_is_looked_for(capsys, monkeypatch):
@@ -131,12 +177,16 @@ def test_what_is_missing_is_told_before_a_model_is_looked_for(capsys, monkeypatc
 def test_of_two_runs_into_one_name_the_second_is_told_at_once(capsys, monkeypatch):
     first = program(*DEMO, "--steps", 10_000)
     assert any("guiding" in line for line in first.stdout)
+    Path("out.latents.safetensors").touch()  # as if it had reached that point
     before = sorted(os.listdir())
     with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", failing(AssertionError("waited")))
         patch.setattr(fastvmt, "read_video", failing(AssertionError("paid for something")))
-        refused(capsys, "another run is writing out.latents.safetensors: give another --out", *DEMO)
-        refused(capsys, "another run", *DEMO, "--decode", "out.latents.safetensors", "--out", "other.mp4")
+        refused(capsys, "another run has out.mp4: give another --out", *DEMO)
+        refused(capsys, "another run has out.mp4", *DEMO, "--decode", "x.latents.safetensors")
+        refused(capsys, "another run has out.lat", *DEMO, "--decode", "out.latents.safetensors", "--out", "other.mp4")
     assert sorted(os.listdir()) == before
+    os.remove("out.latents.safetensors")
     assert run_main(capsys, *DEMO, "--out", "other.mp4")[0] == 0
     first.kill()
     assert first.wait() == -signal.SIGKILL
@@ -144,15 +194,21 @@ def test_of_two_runs_into_one_name_the_second_is_told_at_once(capsys, monkeypatc
     assert sorted(os.listdir()) == ["other.mp4", "out.mp4"]
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_disks_without_locks_can_be_written(capsys, monkeypatch, error):
+    monkeypatch.setattr("filelock.FileLock.acquire", failing(error))
+    assert run_main(capsys, *DEMO)[::2] == (0, "") and os.listdir() == ["out.mp4"]
+
+
 def test_latents_outlive_a_full_disk(capsys, monkeypatch):
-    true, temporary = Path.write_bytes, Path("temporary").absolute()
+    true, temporary, room = Path.write_bytes, Path("temporary").absolute(), True
     temporary.mkdir()
 
     def write_bytes(path, data):
-        if temporary not in path.parents:
-            true(path, data[:10])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        true(path, data)
+        if temporary in path.parents and room:
+            return true(path, data)
+        true(path, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(temporary))
@@ -167,6 +223,15 @@ def test_latents_outlive_a_full_disk(capsys, monkeypatch):
         patch.setattr(fastvmt, "sample", failing(AssertionError("sampled again")))
         assert run_main(capsys, *DEMO, "--decode", kept)[0] == 0
     assert sorted(os.listdir()) == ["out.mp4", "temporary"] and not os.listdir("temporary")
+    os.remove("out.mp4")
+    room = False  # nowhere, but the video may be smaller than they are
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(
+        Path, "write_bytes", lambda path, data: (true if path.name == "comment" else write_bytes)(path, data)
+    )
+    code, text, err = run_main(capsys, *DEMO)
+    assert (code, err) == (0, "") and text.count("cannot write") == 2 and "latents kept" not in text
+    assert sorted(os.listdir()) == ["out.mp4", "temporary"] and not os.listdir("temporary")
 
 
 def test_kept_latents_have_the_mode_of_the_umask(capsys, monkeypatch):
@@ -180,20 +245,28 @@ def test_kept_latents_have_the_mode_of_the_umask(capsys, monkeypatch):
 
 
 def test_interrupts_end_in_one_line():
-    """While modules are imported; while Python ends, as by a second one; and in between."""
-    interrupt = "import atexit, os, signal\n{}(os.kill, os.getpid(), signal.SIGINT)"
-    for name, call, code, line in (
-        ("torch", "(lambda f, *args: f(*args))", 1, "fastvmt: interrupted"),
-        ("sitecustomize", "atexit.register", 2, "fastvmt: cannot read the reference no.mp4 (not a file or a folder)"),
+    """While modules are imported; a second one, before or while Python ends; and in between."""
+    interrupt = (
+        "import atexit, builtins, os, signal, sys\nstop = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    after_error = (
+        "true = print\nbuiltins.print = lambda *a, file=None, **k: (true(*a, file=file, **k), file and stop())"
+    )
+    told = "fastvmt: cannot read the reference no.mp4 (not a file or a folder)"
+    for module, moment, code, line in (
+        ("torch", "stop(), stop()", 130, "fastvmt: interrupted"),
+        ("sitecustomize", "atexit.register(stop)", 2, told),
+        ("sitecustomize", after_error, 130, told),
     ):
-        os.mkdir(name)
-        Path(name, f"{name}.py").write_text(interrupt.format(call))
-        assert ended(program(*DEMO, "--ref", "no.mp4", PYTHONPATH=name)) == (code, [line]), name
+        shutil.rmtree("first", ignore_errors=True)
+        os.mkdir("first")
+        Path("first", f"{module}.py").write_text(interrupt + moment)
+        assert ended(program(*DEMO, "--ref", "no.mp4", PYTHONPATH="first")) == (code, [line]), moment
     process = program(*DEMO, "--steps", 10_000)
     assert any("guiding" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
     assert ended(process) == (130, ["fastvmt: interrupted"])
-    assert sorted(os.listdir()) == ["sitecustomize", "torch"]
+    assert os.listdir() == ["first"]
 
 
 # ---- Unusual Pythons -------------------------------------------------------------------------------------------------
