@@ -1512,7 +1512,7 @@ def test_user_errors(capsys, monkeypatch):
         "--out o.avi": ".mp4",
         "--out in.mp4": "not be the reference",
         "--out same.mp4": "not be the reference",
-        f"--out {'a' * 250}.mp4": "name too long",
+        f"--out {'a' * 250}.mp4": "latents.safetensors (File name too long)",
         "--out out/p.mp4": "is a folder",
         "--out out/q.mp4": "q.latents.safetensors is a folder",
         "--compile --offload": "exclude each other",
