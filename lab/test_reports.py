@@ -38,7 +38,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 
 
 def program(*args, python=(), **environment):
-    """The program, started with stderr in a file of its own."""
+    """The program, started; `ended` waits for it."""
     command = [sys.executable, *python, HERE / "fastvmt.py", *map(str, args)]
     return subprocess.Popen(command, text=True, env=ENVIRONMENT | environment, encoding="utf8",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
