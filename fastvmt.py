@@ -190,7 +190,7 @@ def frame_flow(Q, K, anchors, targets, tau):
     return (attention @ positions - positions).unflatten(1, (H, W))
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**21):
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**22):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
     Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), in frame_pairs'

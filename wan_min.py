@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
 def modulate(x, shift, scale, eps):
     """LayerNorm without weights, then scale and shift, in fp32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale)
 
 
 class Block(nn.Module):
@@ -118,10 +118,10 @@ class Block(nn.Module):
         y = modulate(x, shift1, scale1, self.eps).to(context.dtype)
         if only_qk:
             return self.self_attn.qk(y, y, rope)
-        x = x + self.self_attn(y, y, rope) * gate1
+        x = x.addcmul(self.self_attn(y, y, rope), gate1)
         x = x + self.cross_attn(self.norm3(x).to(context.dtype), context)
         y = modulate(x, shift2, scale2, self.eps).to(context.dtype)
-        return x + self.ffn(y) * gate2
+        return x.addcmul(self.ffn(y), gate2)
 
 
 class Head(nn.Module):
