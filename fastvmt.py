@@ -570,7 +570,7 @@ PRESETS = {
     # The authors' example, whose L_AMF sums over the 1560 tokens of 480x832.
     "release": dict(ref_noise="match", strength=0.75, span=3, alpha=1 / 7, lambda_window=1 / 1560, lr=(0.003, 0.0021),
                     fps=15.0, vae_tiles=True),
-    "fast": dict(coarse=0.8, interval=5, velocity_interval=3),  # chosen on lab/toy.py
+    "fast": dict(coarse=0.5, interval=20, velocity_interval=3),  # chosen on lab/toy.py
 }  # fmt: skip
 
 

@@ -1622,7 +1622,7 @@ def test_presets():
         ("--preset release --no-vae-tiles", release, {"strength": 0.75, "fps": 15}),
         ("--preset release --strength 1 --ref-noise 0.2 --lr 0.1 0.2", release | dict(lr=(0.1, 0.2), ref_noise=0.2),
          {"fps": 15, "vae_tiles": True}),
-        ("--preset fast", dict(coarse=0.8, interval=5), {"velocity_interval": 3}),
+        ("--preset fast", dict(coarse=0.5, interval=20), {"velocity_interval": 3}),
         ("--window none --tile 2 2 --ref-noise match", dict(window=None, tile=(2, 2), ref_noise="match"), {}),
     ):  # fmt: skip
         args, config, _ = fastvmt.parse_arguments(["--model", "tiny", *flags.split()])
