@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each setting costs and what it leaves of the motion, in a table and a picture.
 
-python -m lab.frontier --out frontier/                  # 24 clips of the toy's large canvas, four hours on a core
+python -m lab.frontier --out frontier/                  # 24 clips of the toy's large canvas, ten minutes on a GPU
 python -m lab.frontier --out frontier/ --table-only     # of what is on disk
 
 The error is lab.table1's, whose flags this takes, with its standard error over clips. The cost is that of as many
