@@ -740,8 +740,8 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
     assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     ((args, rows),) = asked
     assert args.size == toy.LARGE and args.clips == 24 and len(rows) == 1 + len(frontier.ROWS)
-    # 13 of 25 steps are guided, by 5 gradients each; of fast, 10 by 4 coarse ones and 3 by 4; then 4 of 12 velocities.
-    full, fast = 1 + 2 + 3 + 65 * 4 + 50 * 5, 1 + 2 + 6 + 40 * 7 + 3 + 12 * 4 + 34 * 5
+    # 13 of 25 steps are guided, by 5 gradients each; of fast, 6 by a coarse one and 7 by one; then 4 of 12 velocities.
+    full, fast = 1 + 2 + 3 + 65 * 4 + 50 * 5, 1 + 2 + 6 + 6 * 7 + 3 + 7 * 4 + 34 * 5
     table = read_table(capsys.readouterr().out.strip())
     assert table["", "full method"] == {
         "": "full method",
