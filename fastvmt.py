@@ -346,14 +346,15 @@ def guide(x, sigma, reference, read, losses, config, num_frames):
 @torch.no_grad()
 def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=None, null=None, config=MotionConfig(),
            features=motion_features, losses=motion_losses, step=euler_step, checkpoint=False,
-           callback=lambda number, x, history: None):  # fmt: skip
+           callback=lambda number, x, history, clean: None):  # fmt: skip
     """Sample latents; the first steps also optimise them until their motion is the reference's (Algorithm 1).
 
     dit: as wan_min.DiT, callable and with qk and patch_size. noise (1, C, F, h, w); sigmas (steps+1,) down to 0;
     context, negative, null (1, L, text_dim): target, negative and empty prompt. reference: clean latents or None.
     features, losses, step: called as the defaults; losses returns a tuple of scalars and the first is minimised.
     Guidance moves x between steps: a multistep step that gets another x than it returned must drop its earlier
-    velocities. checkpoint: see DiT.qk. callback(number, x, history) follows each step; history is guide's losses.
+    velocities. checkpoint: see DiT.qk. callback(number, x, history, clean) follows each step: history is guide's
+    losses, clean the clip that shows through x.
     """
     if reference is not None and (null is None or reference.shape != noise.shape or len(noise) > 1):
         raise ValueError("a reference needs the noise's shape, a single clip, and null, the empty prompt")
@@ -384,8 +385,9 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
                 reading = read(number, match_noise(reference.float(), noise, level), level, null)
             read_result = partial(read, number, context=context, checkpoint=checkpoint)
             x, history = guide(x, sigma, reading, read_result, losses, config, x.shape[2] // dit.patch_size[0])
-        x = step(velocity, x, sigma, next_sigma)
-        callback(number, x, history)
+        before, x = x, step(velocity, x, sigma, next_sigma)
+        clean = before + (x - before) * (sigma / (sigma - next_sigma or 1))  # x − σ·v, by the step's own v
+        callback(number, x, history, clean)
     return x
 
 
@@ -399,7 +401,7 @@ import logging
 import re
 import tempfile
 from collections import deque
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 
@@ -605,8 +607,10 @@ def build_parser(required=False):
     parser.error = error
     add("--ref", None, "reference: a video, a folder of pictures, or 'demo'", required=required)
     add("--prompt", None, "what the new video shows", required=required)
+    add("--mask", None, "white where the reference's motion counts: a picture, or like --ref")
     add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
+    add("--preview", False, "show the result so far in OUT.preview.gif")
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
     add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, toy, or tiny (random weights)")
     add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
@@ -688,16 +692,16 @@ def check_arguments(args, kept):
             raise UserError(f"cannot write {path} ({error.strerror})") from None
 
 
-def reuse_velocities(step, guided, interval):
-    """Wrap a step: after the guided ones only every interval-th computes velocities, the others extend their line."""
-    fresh = (number < guided or (number - guided) % interval == 0 for number in count())
+def reuse_velocities(step, computed):
+    """Wrap a step: of each next one computed says whether it computes velocities; the others extend their line."""
+    computed = iter(computed)
     known = deque(maxlen=2)  # (σ, velocity)
 
     def reusing(velocity, x, sigma, next_sigma):
-        computed = next(fresh)
+        fresh = next(computed)
 
         def kept(x, sigma):
-            if computed:
+            if fresh:
                 known.append((sigma, velocity(x, sigma)))
             (first, v), (last, w) = known[0], known[-1]
             ahead = (sigma - last) / (last - first) if first != last else 0
@@ -708,26 +712,42 @@ def reuse_velocities(step, guided, interval):
     return reusing
 
 
-def generate(args, config, dit, noise, contexts, reference, step=euler_step, **seams):
-    """Latents, guided if there is a reference; seams: features and losses of `sample`."""
+def generate(args, config, dit, noise, contexts, reference, step=euler_step, watch=None, **seams):
+    """Latents, guided if there is a reference; seams: features and losses of `sample`.
+
+    watch(clean) follows each guided and every fifth step.
+    """
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
     guided = guided_steps(args.steps, config)
+    computed = [n < guided or (n - guided) % args.velocity_interval == 0 for n in range(args.steps)]
+    passes = 1 if args.cfg_scale == 1 else 2
+    costs = [passes * fresh for fresh in computed]  # of each step, in passes of the DiT
+    told = f"{args.steps} steps, {sum(costs)} velocities"
     if guided and reference is not None:
-        print(f"guiding steps 1 to {guided} of {args.steps}, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}")
+        gradients = math.ceil(config.inner_steps / config.interval)
+        told += f"; 1 to {guided} guided, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}, {guided * gradients} gradients"
+        for n in range(guided):  # a gradient takes a GPU 3 times as long as the blocks it is of, coarse a seventh of it
+            relative = 3 / 7 if n < round(config.coarse * guided) else 3
+            costs[n] += relative * gradients * config.block / len(dit.blocks)
+    print(told)
 
     def attempt(checkpoint):
         return sample(dit, noise, sigmas, *contexts[:2], cfg_scale=args.cfg_scale, reference=reference,
                       null=contexts[2], config=config, checkpoint=checkpoint, callback=callback,
-                      step=reuse_velocities(step, guided, args.velocity_interval), **seams)  # fmt: skip
+                      step=reuse_velocities(step, computed), **seams)  # fmt: skip
 
-    def callback(number, x, history):
+    def callback(number, x, history, clean):
         if not torch.isfinite(x).all():
             raise UserError(f"the latent is not finite after step {number + 1} of {args.steps}; try --dtype fp32")
-        bar.set_postfix({} if history is None else {"loss": history[-1, 0].item()})
-        bar.update(number + 1 - bar.n)
+        loss = {} if history is None else {"loss": history[-1, 0].item()}
+        bar.set_postfix({"step": f"{number + 1}/{args.steps}"} | loss)
+        bar.update(sum(costs[: number + 1]) - bar.n)
+        if watch and (loss or number % 5 == 4):
+            watch(clean)
 
     checkpoint = "full" if args.offload else args.checkpoint == "on"
-    with tqdm(total=args.steps, desc="sampling", mininterval=1 if sys.stderr.isatty() else 60) as bar:
+    with tqdm(total=sum(costs), desc="sampling", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+              mininterval=1 if sys.stderr.isatty() else 60) as bar:  # fmt: skip
         try:
             return attempt(checkpoint)
         except RuntimeError as error:
@@ -755,6 +775,8 @@ def transfer(args, config, model, kept, **seams):
     read = args.ref == "demo" and model.demo or read_video
     video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)  # (1, 3, T, H, W)
     frames = video.shape[2]
+    extras = args.mask or args.preview
+    prepare = importlib.import_module("lab.extras").prepare(args, video, fps) if extras else lambda reference: {}
     if frames < args.frames - 3:
         print(f"only {frames} frames: the reference is shorter than --frames")
     if frames > model.max_frames:
@@ -780,6 +802,7 @@ def transfer(args, config, model, kept, **seams):
         dit = model.load_dit(progress)
         for block in dit.blocks if args.compile else ():
             block.compile()
+        seams = prepare(reference) | seams
         latents = generate(args, config, dit, noise, contexts, None if args.no_transfer else reference, **seams)
         del dit  # the decoder needs the memory
         kept = keep_latents(latents, kept, Path(tempfile.gettempdir(), f"{os.getpid()}.latents.safetensors"))

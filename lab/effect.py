@@ -96,7 +96,8 @@ def generate(dit, seed, camera, args, config):
 
     def sample(strength, **options):
         guided = fastvmt.guided_steps(args.steps, config)
-        step = fastvmt.reuse_velocities(fastvmt.euler_step, guided, args.velocity_interval)
+        computed = [n < guided or (n - guided) % args.velocity_interval == 0 for n in range(args.steps)]
+        step = fastvmt.reuse_velocities(fastvmt.euler_step, computed)
         sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
         return fastvmt.sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, config=config, step=step,
                               **options)  # fmt: skip

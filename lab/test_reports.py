@@ -4,6 +4,7 @@
 import errno
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -28,6 +29,7 @@ from test_fastvmt import (
     ffmpeg,
     folder,
     levels,
+    metadata_of,
     refused,
     run_main,
     write_clip,
@@ -47,7 +49,7 @@ def program(*args, python=(), **environment):
 def ended(process):
     """Exit code and the lines of stderr without bars."""
     _, err = process.communicate(timeout=100)
-    return process.returncode, [line for line in err.splitlines() if line and not re.search(r"it/s|s/it", line)]
+    return process.returncode, [line for line in err.splitlines() if line and not re.search(r"it/s|s/it|%\|", line)]
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -292,3 +294,22 @@ def test_isolated_pythons_and_a_foreign_lab():
     run = [sys.executable, "fastvmt.py", *DEMO, "--model", "toy"]
     done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT | {"PYTHONPATH": "foreign"})
     assert done.returncode == 2 and done.stderr == "fastvmt: No module named 'lab.toy'\n"
+
+
+def test_any_shell_and_any_name():
+    """A console in cp1252, names that are not UTF-8, a reader that goes away."""
+    name, prompt = os.fsdecode(b"caf\xe9 \xe7\x8b\x90 %d.mp4"), "狐 \" ' \\ = ; # fox " * 500  # 9,500 characters
+    os.rename(write_clip("in.mp4"), name)
+    Path("out").mkdir()
+    program, environment = [sys.executable, "-u", str(HERE / "fastvmt.py")], os.environ | {"PYTHONIOENCODING": "cp1252"}
+    run = [*program, *DEMO, "--ref", name, "--out", f"out/{name}", "--prompt", prompt]
+    done = subprocess.run(run, capture_output=True, env=environment)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert "guided, ? 1." in done.stdout.decode("cp1252")
+    assert os.listdir("out") == [name]
+    record = metadata_of(Path("out", name).rename("out.mp4"))
+    assert record["prompt"] == prompt and record["ref"] == name
+    command = shlex.join([*program, *DEMO, "--out", "p.mp4"])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -1"], capture_output=True, text=True)
+    assert done.stdout == "encoding the prompts\n" and "Traceback" not in done.stderr and "Broken" not in done.stderr
+    assert done.returncode == 1 and not Path("p.mp4").exists()

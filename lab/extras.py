@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What --mask and --preview of a run do: a mask says whose motion counts, a preview shows what the run has so far."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch.nn.functional import adaptive_avg_pool3d, pad
+
+import fastvmt
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+HEIGHT = 240  # of a preview in pixels, about
+
+
+def prepare(args, video, fps):
+    """Function of the latents of a reference (1, 3, T, H, W) -> what fastvmt.generate is handed. Raises UserError."""
+    mask = read_mask(args.mask, video, fps, args.start) if args.mask else None
+
+    def seams(reference):
+        losses = {"losses": mask_losses(mask, reference)} if args.mask else {}
+        path = args.out.with_suffix(".preview.gif")
+        return losses | ({"watch": open_preview(path, reference, video, fps)} if args.preview else {})
+
+    return seams
+
+
+def pool_frames(video, shape):
+    """A video (C, T, H, W) as latents of a shape (F, h, w) see it: a causal VAE's first latent frame is one frame."""
+    frames = (video.shape[1] - 1) // (shape[0] - 1)  # of a latent frame
+    first = video[:, :1].expand(-1, shape[0] * frames - video.shape[1], -1, -1)
+    return adaptive_avg_pool3d(torch.cat([first, video], dim=1), shape)
+
+
+# ---- Mask ------------------------------------------------------------------------------------------------------------
+
+
+def read_mask(path, video, fps, start):
+    """The light of a mask, for a reference (1, 3, T, H, W): fp32 (1, T, H, W) in [0, 1].
+
+    path: a picture, for all frames, or a video or folder that is read like the reference. Raises UserError.
+    """
+    frames, *size = video.shape[2:]
+    if os.path.isfile(path) and Path(path).suffix.lower() in PICTURES:
+        try:
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise fastvmt.UserError(f"cannot read the mask {path} ({error})") from None
+        black = Image.new("RGBA", image.size, "black")
+        image = ImageOps.fit(Image.alpha_composite(black, image).convert("L"), size[::-1])
+        mask = torch.from_numpy(np.array(image) / np.float32(255)).expand(1, frames, -1, -1)
+    else:
+        mask = (fastvmt.read_video(path, frames, size, fps=fps, start=start)[0].mean(0, keepdim=True) + 1) / 2
+    if mask.shape[1] < frames:
+        raise fastvmt.UserError(f"the mask {path} has {mask.shape[1]} frames, the reference {frames}")
+    if not mask.any():
+        raise fastvmt.UserError(f"the mask {path} is black: no motion counts")
+    return mask
+
+
+def mask_losses(mask, reference):
+    """fastvmt.motion_losses whose L_AMF weighs each token of an anchor's frame by the mask (1, T, H, W) there.
+
+    reference: the latents (1, C, F, h, w).
+    """
+    mask = pool_frames(mask, reference.shape[2:]).to(reference)  # (1, F, h, w)
+
+    def losses(reading, generated, *, num_frames, config):
+        (flow_ref, _), (flow, key_mean) = reading, generated
+        anchors, _ = fastvmt.frame_pairs(num_frames, config.span, flow.device)  # (P,)
+        weight = adaptive_avg_pool3d(mask, (num_frames, *flow.shape[1:3]))[0, anchors]  # (P, H, W)
+        amf = fastvmt.amf_loss(flow_ref, flow, num_frames=num_frames, span=config.span, alpha=config.alpha,
+                               weight=weight)  # fmt: skip
+        window = fastvmt.window_loss(key_mean, num_frames=num_frames, span=config.span, squared=config.squared)
+        return config.lambda_amf * amf + config.lambda_window * window, amf, window
+
+    return losses
+
+
+# ---- Preview ---------------------------------------------------------------------------------------------------------
+
+
+def fit_colors(latents, video):
+    """Map (C + 1, 3) from latents (1, C, F, h, w), and 1, to the colours of their video (1, 3, T, H, W).
+
+    By least squares, so it needs no constants of a model. What colours the video lacks it can only guess; a little
+    ridge keeps that from becoming noise.
+    """
+    colors = rearrange(pool_frames(video[0].float(), latents.shape[2:]).cpu(), "c f h w -> (f h w) c").double()
+    columns = latent_columns(latents).flatten(0, 2).double()
+    ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(columns.mT @ columns + ridge, columns.mT @ colors).float()
+
+
+def latent_columns(latents):
+    """Latents (1, C, F, h, w) -> (F, h, w, C + 1) fp32 on the CPU, the last all 1."""
+    return pad(rearrange(latents.float().cpu(), "1 c f h w -> f h w c"), (0, 1), value=1.0)
+
+
+def write_gif(path, frames, duration):
+    """Write frames (F, h, w, 3) in [-1, 1] as an endless GIF, the whole or nothing. duration: milliseconds a frame."""
+    images = [Image.fromarray(frame) for frame in ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()]
+    factor = max(1, round(HEIGHT / images[0].height))
+    images = [image.resize((factor * image.width, factor * image.height)) for image in images]
+    with fastvmt.scratch(path) as folder:
+        part = Path(folder, "preview.gif")
+        images[0].save(part, save_all=True, append_images=images[1:], duration=duration, loop=0)
+        part.replace(path)
+
+
+def open_preview(path, reference, video, fps):
+    """A function of latents that shows them in a file; reference: the latents of the video (1, 3, T, H, W)."""
+    colors = fit_colors(reference, video)
+    duration = round(1000 * video.shape[2] / fps / reference.shape[2])
+
+    def watch(clean):
+        try:
+            write_gif(path, latent_columns(clean) @ colors, duration)
+        except OSError as error:  # the run goes on
+            print(f"no preview in {path} ({error.strerror or error})")
+
+    return watch
