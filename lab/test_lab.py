@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -608,23 +607,6 @@ def test_cost_counts_attention_and_live_memory():
         torch.empty(10**6, device="meta")  # in host memory
     assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
     assert not 0 < cost.peak_memory("cpu") < 2**26
-
-
-def test_peers(capsys, monkeypatch):
-    pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from lab import peers
-
-    command = "peers --device cpu --blocks 1 --latents 2 4 6 --vae-latents 2 4 4 --rounds 2"
-    monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr(peers, "WIDTHS", dict(dim=96, num_heads=2, ffn_dim=128, text_dim=32))
-    monkeypatch.setattr(peers, "VAE_WIDTH", 4)
-    peers.main()
-    rows = {row: list(cells.values())[1:] for (_, row), cells in read_table(capsys.readouterr().out).items()}
-    assert list(rows) == ["velocity, fp32", "velocity, bf16", "encode", "decode"]
-    for row, (difference, _, _, ratio, *peaks) in rows.items():
-        assert 0 < float(difference) < (0.02 if "bf16" in row else 1e-4), row
-        low, middle, high = sorted(map(float, re.findall(r"[\d.]+", ratio)))
-        assert 0 < low <= middle <= high and len(peaks) == 2
 
 
 def test_dry_run_and_bench(capsys, monkeypatch):
