@@ -7,6 +7,8 @@ python -m lab.effect --readings  # errors of the references' flow, read in sever
 
 import argparse
 import math
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,6 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 import fastvmt
-import wan_min
 from lab import toy, train
 
 # ---- What a clip shows -----------------------------------------------------------------------------------------------
@@ -92,17 +93,10 @@ def shows(video, prompt, classes):
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
     video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size)
-    noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
-
-    def sample(strength, **options):
-        guided = fastvmt.guided_steps(args.steps, config)
-        step = fastvmt.reuse_velocities(fastvmt.euler_step, guided, args.velocity_interval)
-        sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
-        return fastvmt.sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, config=config, step=step,
-                              **options)  # fmt: skip
-
-    plain, guided = sample(1.0), sample(args.strength, reference=reference, null=null)
-    return video, scene, prompt, [toy.decode(result)[0] for result in (plain, guided)]
+    noise, contexts, reference = toy.prepare(video, prompt, seed)
+    with redirect_stdout(sys.stderr):  # what it says is no line of a table
+        results = [fastvmt.generate(args, config, dit, noise, contexts, guide) for guide in (None, reference)]
+    return video, scene, prompt, [toy.decode(result)[0] for result in results]
 
 
 def component_error(video, scene, camera):
@@ -192,6 +186,14 @@ def figure(dit, args, config, path, seeds):
     iio.imwrite(path, pixels.numpy(), duration=150, loop=0)
 
 
+def captions(texts, width, height):
+    """White words on black, side by side, in [-1, 1]: (3, 1, height, texts·width)."""
+    strip = Image.new("RGB", (len(texts) * width, height))
+    for column, text in enumerate(texts):
+        ImageDraw.Draw(strip).text((column * width + 6, 3), text, font=ImageFont.load_default(14))
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)[:, None] / 127.5 - 1
+
+
 def compare_video(clips, flows):
     """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
 
@@ -205,11 +207,8 @@ def compare_video(clips, flows):
     direction, thirds = torch.atan2(flows[..., :1], flows[..., 1:]), torch.tensor([0, 2, 4]) * (math.pi / 3)
     color = (direction - thirds).cos() * (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)  # RGB
     motions = F.interpolate(rearrange(color, "n f h w c -> n c f h w"), videos.shape[2:], mode="nearest")
-    (n, _, frames, _, width), legend = videos.shape, "motion: red right, green down, cyan left, violet up"
-    strip = Image.new("RGB", (n * width, 42))
-    for column, name in enumerate(clips):
-        ImageDraw.Draw(strip).text((column * width + 6, 3), f"{name}\n{legend}", font=ImageFont.load_default(14))
-    strip = repeat(torch.from_numpy(np.array(strip)) / 127.5 - 1, "h w c -> c t h w", t=frames)
+    legend = "motion: red right, green down, cyan left, violet up"
+    strip = captions([f"{name}\n{legend}" for name in clips], videos.shape[-1], 42).expand(-1, videos.shape[2], -1, -1)
     return torch.cat([strip, rearrange([videos, motions], "two n c t h w -> c t (two h) (n w)")], dim=2)[None]
 
 

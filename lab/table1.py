@@ -357,8 +357,11 @@ def parse_arguments(argv):
     return args, model
 
 
-def main(argv=None, **seams):
-    """The command line, for a change of the method with its features, losses or step; give each another --out."""
+def main(argv=None, then=lambda results, rows, args: None, **seams):
+    """The command line, for a change of the method with its features, losses or step; give each another --out.
+
+    then: called once the table is written.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, model = parse_arguments(argv)
@@ -377,6 +380,7 @@ def main(argv=None, **seams):
             table += f"\n\n{old} results in {args.out} come from another version of the code; give another --out."
         (args.out / "table.md").write_text(table + "\n")
         print(table)
+        then(results, rows, args)
         return 0
     except BaseException as error:
         code, text = fastvmt.explain(error)

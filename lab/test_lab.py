@@ -449,8 +449,8 @@ def test_random_weights_are_no_checkpoints(monkeypatch):
 
 
 def test_velocities_of_both_results_are_reused(monkeypatch):
-    _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
-    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3, size=toy.LARGE)
+    flags = "--model toy --device cpu --steps 6 --strength 0.9 --velocity-interval 3 --size 96x132"
+    args, config, _ = fastvmt.parse_arguments(flags.split())
     asked = []
     monkeypatch.setattr(fastvmt, "reuse_velocities", lambda *found: asked.append(found) or found[0])
     monkeypatch.setattr(fastvmt, "sample", lambda dit, noise, *a, **options: noise)
@@ -708,17 +708,16 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
     flops = {phase: [10**15 * n] for n, phase in enumerate(phases, 1)}
     asked = []
 
-    def table(argv):
-        args, model = table1.parse_arguments(argv)
-        asked.append((args, rows := table1.make_rows(argv, args, model.blocks)))
-        lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error}}
+    def compute(rows, clips, args, model):
+        asked.append((args, rows))
+        lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error},
+                  "code": ""}
                  for name, errors in (("full method", (0.5, 1.5, 9.0)), ("preset fast", (2.0, 2.0)))
                  for n, error in enumerate(errors) for row in [rows[name]]]  # fmt: skip
         (args.out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return 0
 
     monkeypatch.setattr(frontier, "prices", lambda: flops)
-    monkeypatch.setattr(table1, "main", table)
+    monkeypatch.setattr(table1, "compute", compute)
     assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     ((args, rows),) = asked
     assert args.size == toy.LARGE and args.clips == 24 and len(rows) == 1 + len(frontier.ROWS)
@@ -731,7 +730,7 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
         "error, px a frame": "1.00 ± 0.50",
         "clips": "2",
     }
-    assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and len(table) == 2
+    assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and [title for title, _ in table].count("") == 2
     picture = Image.open(tmp_path / "frontier.png")
     column, row = frontier.axis_places([("", full, 1.0, 0.5, 2), ("", fast, 2.0, 0.0, 1)])
     assert picture.getpixel((round(column(full)), round(row(1.0)))) == (0, 0, 128)
