@@ -37,6 +37,14 @@ def clock(device):
     return time.perf_counter()
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(device):
+    return f"{device_name(device)}, torch {torch.__version__}"
+
+
 def peak_memory(device, reset=False):
     """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
     if torch.device(device).type == "cuda":
@@ -269,7 +277,7 @@ def bench(args, model, repeat=2):
     device, config = torch.device(args.device), args.config
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     flops, dry = count(args, model)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = device_name(device)
     peak = args.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in card), 0)
     checkpoint = "full" if args.offload else args.checkpoint == "on"
     mode = 2 if args.offload else int(checkpoint)

@@ -4,6 +4,7 @@
 python -m lab.table1 --model 1.3B --refs DAVIS/JPEGImages/480p/*/ --prompts prompts.txt --out table1/
 python -m lab.table1 --model toy                              # the true error of the motion, on a laptop
 python -m lab.table1 --model toy --clips 24 --rows "tau=1" "interval=10" "window=none, interval=1"
+python -m lab.table1 --model 1.3B --made-clips 8 --out proof/  # does it move on your GPU? no clips or metrics needed
 python -m lab.table1 --model 14B --dry-run                    # FLOPs and memory of a run, without a GPU
 python -m lab.table1 --model 1.3B --random-weights --bench    # seconds and memory on your GPU
 
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from functools import partial
@@ -28,7 +30,7 @@ import torch
 
 import fastvmt
 import wan_min
-from lab import cost, effect, metrics, toy
+from lab import cost, effect, made, metrics, toy
 
 ROWS = {  # name -> changes to the settings of the command line
     "full method": "",
@@ -56,10 +58,10 @@ ABLATION = (  # of the toy, the README's
     "inner_steps=10, interval=10", "lr=0.003 0.002, interval=20", "guided_fraction=0.2, interval=20",
 )  # fmt: skip
 ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
-            "ablation": ABLATION}  # fmt: skip
+            "made": ("no transfer",), "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
-OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips",
+OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
           "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
@@ -79,7 +81,7 @@ def make_rows(argv, args, blocks):
     """{name: arguments} of the rows that are asked for, the full method first, none twice."""
     block_rows = {f"block {n}": f"block={n}" for n in range(1, blocks + 1)}
     known, sets, rows, hashes = ROWS | PAPER_ROWS | block_rows, ROW_SETS | {"blocks": block_rows}, {}, set()
-    wanted = args.rows or ["toy" if args.model == "toy" else "all"]
+    wanted = args.rows or ["made" if args.made_clips else "toy" if args.model == "toy" else "all"]
     for name in ["full method", *(name for row in wanted for name in sets.get(row, [row]))]:
         row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
         changed = [key for key in SHARED | OTHERS - {"config"} if vars(row)[key] != vars(args)[key]]
@@ -108,11 +110,21 @@ class Clip(NamedTuple):
     seed: int  # of the noise
     prompts: list
     video: object  # () -> (1, 3, T, H, W)
-    scene: dict | None = None  # of the toy's world
+    scene: dict | None = None  # of the toy's world, whose motion is known
 
 
 def make_clips(args, model):
     size, turn = fastvmt.canvas(args, model)
+    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if args.made_clips:
+        frames, clips = (args.frames - 1) // 4 * 4 + 1, []
+        for n in range(args.made_clips):
+            motion, prompt = made.choose(n, args.model == "toy")
+            scene = made.make_scene(motion, args.seed + n, size, frames)
+            video = partial(made.render, scene, args.seed + n, size, frames)
+            clips.append(Clip(f"{motion}-{args.seed + n}", args.seed + n, prompts or [prompt], video, scene))
+        return clips
     if args.model == "toy":
         clips = []
         kinds = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
@@ -121,8 +133,7 @@ def make_clips(args, model):
             video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind, size)
             clips.append(Clip(f"{kind} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
         return clips
-    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
-    refs, prompts = args.refs or [args.ref], [line.strip() for line in lines if line.strip()]
+    refs = args.refs or [args.ref]
     if not prompts or not refs[0]:
         raise fastvmt.UserError("--refs or --prompts are missing or empty")
 
@@ -243,11 +254,13 @@ def compute(rows, clips, args, model, **seams):
     for block in dit.blocks if args.compile else ():
         block.compile()
     real_weights = args.model not in ("toy", "tiny") and not args.random_weights
-    opened = open_metrics(device) if real_weights else []
+    opened = open_metrics(device) if real_weights and not args.made_clips else []
     classes = effect.texture_classes(size=fastvmt.canvas(args, model)[0]) if args.model == "toy" else None
     counts, warm = cost.count_passes(dit), False
     for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
         video = clip.video()
+        if args.made_clips:
+            fastvmt.write_video(args.out / f"{clip.name}.mp4", video, args.fps or model.fps)
         others = [columns(video) for columns in opened]
         reference = codec.encode(video.to(device))
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
@@ -266,20 +279,24 @@ def compute(rows, clips, args, model, **seams):
             flow = metrics.read_flow(dit, latents, noise, contexts[""], args.config)
             entropy = metrics.read_entropy(dit, latents, noise, contexts[""], row.config)
             columns |= flow_columns(flow_ref, flow, entropy, offset_1 + 1, args)
-            line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
+            line = {"key": key, "row": name, "columns": columns, "code": code_hash(), "on": cost.describe(device)}
             reused = row.velocity_interval > 1 and len(unguided) > 1
             result = codec.decode(latents) if clip.scene or others or args.keep_videos or reused else None
             if reused:
                 whole = every_velocity(dit, *unguided, inputs[2], row, **seams)
                 columns["PSNR to every velocity, dB"] = psnr(result, codec.decode(whole))
-            if clip.scene:
+            if args.made_clips:
+                columns |= made.error_columns(result[0], clip.scene)
+            elif clip.scene:
                 columns["motion error, px a frame"] = toy.motion_error(result[0].cpu(), clip.scene)
+            if classes:
                 columns["prompt right"] = float(effect.shows(result[0].cpu(), prompt, classes))
             for other in others:
                 columns |= other(result, prompt)
-            if args.keep_videos:
+            if args.keep_videos or args.made_clips:
                 line["video"] = f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.mp4"
                 fastvmt.write_video(args.out / line["video"], result, args.fps or model.fps, json.dumps(line))
+            if args.keep_videos:
                 shown.setdefault(prompt, {"reference": (video, flow_ref)})[name] = result, flow
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -327,6 +344,24 @@ def make_table(results, rows, args):
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def draw_made(results, rows, clips, args, model):
+    """NAME.gif in OUT for each made clip with results of all rows: the reference, plain generation, the others."""
+    lines, fps = {tuple(line["key"]): line for line in results}, args.fps or model.fps
+    (height, width), _ = fastvmt.canvas(args, model)
+    size = round(made.GIF_WIDTH * height / width), made.GIF_WIDTH
+    for clip in clips:
+        for n, prompt in enumerate(clip.prompts):
+            found = {name: lines.get((settings_hash(row, args), clip.name, prompt, clip.seed))
+                     for name, row in sorted(rows.items(), key=lambda row: row[0] != "no transfer")}  # fmt: skip
+            if all(found.values()):
+                files = {"reference": f"{clip.name}.mp4"}
+                files |= {f"{name}: {made.describe(line['columns'])}": line["video"] for name, line in found.items()}
+                path = args.out / f"{clip.name}{f'-{n}' * (n > 0)}.gif"
+                made.write_gif(path, {caption: fastvmt.read_video(str(args.out / file), args.frames, size, fps=fps)
+                                      for caption, file in files.items()}, fps)  # fmt: skip
+                print(f"drawn in {path}")
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +372,8 @@ def parse_arguments(argv):
     add("--refs", nargs="+", help="reference clips, instead of --ref: videos, or folders of pictures")
     add("--prompts", type=Path, help="file of prompts, one a line, instead of --prompt; each is tried on every clip")
     add("--clips", type=int, default=4, help="how many clips of the toy's world")
+    add("--made-clips", type=int, default=0, help="how many made-up clips of known motion, for any model, instead of "
+        "--refs: what the camera of each result does is measured from its pixels")  # fmt: skip
     add("--look-alikes", action="store_true", help="of those whose texture repeats beyond the window")
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
@@ -371,15 +408,21 @@ def main(argv=None, then=lambda results, rows, args: None, **seams):
                 print(line, flush=True)
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        rows = make_rows(argv, args, model.blocks)
+        rows, clips = make_rows(argv, args, model.blocks), None
+        if args.made_clips or not args.table_only:
+            clips = make_clips(args, model)
         if not args.table_only:
-            compute(rows, make_clips(args, model), args, model, **seams)
+            compute(rows, clips, args, model, **seams)
         results = read_results(args.out / "results.jsonl")
         table = make_table(results, rows, args)
         if old := sum(line["code"] != code_hash() for line in results):
             table += f"\n\n{old} results in {args.out} come from another version of the code; give another --out."
+        places = dict.fromkeys(line["on"] for line in results if "on" in line)
+        table += f"\n\n{', '.join(places)}; `python -m lab.table1 {shlex.join(argv)}`"
         (args.out / "table.md").write_text(table + "\n")
         print(table)
+        if args.made_clips:
+            draw_made(results, rows, clips, args, model)
         then(results, rows, args)
         return 0
     except BaseException as error:
