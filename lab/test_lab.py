@@ -8,6 +8,7 @@ import json
 import math
 import re
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ from PIL import Image
 
 import fastvmt
 import wan_min
-from lab import changes, cost, effect, frontier, metrics, table1, toy, train
+from lab import changes, cost, effect, frontier, made, metrics, table1, toy, train
 from test_fastvmt import HERE, close, moving_texture, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,6 +588,134 @@ def test_columns_of_real_videos(monkeypatch, capsys):
     monkeypatch.setattr(metrics, "clip_features", lambda *a: (torch.eye(2), torch.eye(2)[:1]))
     columns = table1.clip_columns(("model", "tokenizer"), None)(None, "x")
     assert columns == {"text similarity": 0.5, "temporal consistency": 0}
+
+
+# ---- Made clips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_toy(monkeypatch):
+    """So that a canvas of 100x132 is twice the toy's, and the tests are fast."""
+    monkeypatch.setattr(toy, "LARGE", toy.SIZE)
+
+
+def made_clip(motion, seed=0, size=(100, 132), frames=41):
+    scene = made.make_scene(motion, seed, size, frames)
+    return scene, made.render(scene, seed, size, frames)[0]
+
+
+def test_made_clips_move_as_they_say_and_are_measured(small_toy):
+    clips, looks = {}, set()
+    for seed, motion in enumerate(made.MOTIONS):
+        scene, video = clips[motion] = made_clip(motion, seed)
+        looks.add((scene["scale"], scene["palette"], scene["texture"]))
+        assert made.error_columns(video, scene)["motion error, % of the motion"] < 2, scene
+    assert len(looks) > 4
+    for motion, (down, right) in {"moves-right": (0, 1), "moves-left": (0, -1),
+                                  "moves-down": (1, 0), "moves-up": (-1, 0)}.items():  # fmt: skip
+        _, video = clips[motion]
+        close(video[:, 5].roll((down, right), (1, 2))[:, 1:-1, 1:-1], video[:, 6, 1:-1, 1:-1], 1e-3)
+    for motion, column, total in (("zooms-in", 2, math.log(1.75)), ("zooms-out", 2, -math.log(1.75)),
+                                  ("turns-left", 3, 0.7), ("turns-right", 3, -0.7)):  # fmt: skip
+        assert clips[motion][0]["camera"][column] == pytest.approx(total / 40), motion
+
+
+def test_measuring_made_clips_is_not_misled(small_toy):
+    scene, video = made_clip("moves-up", 3)
+    still = video[:, :1].expand(-1, 41, -1, -1)
+    assert made.measure(still).abs().max() < 1e-3
+    assert made.error_columns(still, scene) == {"motion error, px a frame": pytest.approx(1, abs=0.01),
+                                                "motion error, % of the motion": pytest.approx(100, abs=1)}  # fmt: skip
+    warm = torch.stack([torch.ones_like(video[0]), *video[1:] - 1])  # what the toy would take for sprites
+    assert toy.sprite_weights(warm).min() > 0.9
+    assert made.error_columns(warm, scene)["motion error, % of the motion"] < 2
+    noisy = video + 0.6 * randn(*video.shape)
+    assert made.error_columns(noisy, scene)["motion error, % of the motion"] < 10
+
+
+def test_made_clips_are_measured_as_the_toys():
+    video, scene, _ = toy.held_out(2, "pan", False)
+    for off in ((0.0, 0.0, 0.0, 0.0), (0.6, -0.3, 0.0, 0.0), (0.0, 0.0, 0.02, -0.01)):
+        other = scene | {"camera": tuple(a + b for a, b in zip(scene["camera"], off))}
+        found = made.error_columns(video, other)["motion error, px a frame"]
+        assert found == pytest.approx(toy.motion_error(video, other), abs=0.02), off
+
+
+def test_gifs_of_made_clips_keep_to_their_limit(tmp_path, monkeypatch):
+    clips = {name: randn(1, 3, 81, 40, 270, seed=n).clamp(-1, 1) for n, name in enumerate(("reference", "plain"))}
+    made.write_gif(tmp_path / "a.gif", clips, 16)
+    pixels = iio.imread(tmp_path / "a.gif")
+    assert pixels.shape == (27, 64, 540, 3)  # every third frame
+    close(torch.tensor(pixels[1, 24:, :270].mean()) / 127.5 - 1, clips["reference"].mean(), 0.05)
+    captions = pixels[:, :24] > 127
+    assert 100 < (captions[0, :, :270] != captions[0, :, 270:]).sum() < 2000 and (captions != captions[0]).mean() < 0.01
+    monkeypatch.setattr(made, "GIF_BYTES", (tmp_path / "a.gif").stat().st_size // 3)
+    made.write_gif(tmp_path / "b.gif", clips, 16)
+    assert (tmp_path / "b.gif").stat().st_size <= made.GIF_BYTES and len(iio.imread(tmp_path / "b.gif")) == 7
+    lengths = []
+    for name in "ab":
+        with Image.open(tmp_path / f"{name}.gif") as image:
+            lengths.append(image.n_frames * image.info["duration"] / 1000)
+    assert lengths == pytest.approx([81 / 16] * 2, rel=0.1)
+
+
+def test_table_of_made_clips_goes_on_and_is_enough_to_paste(tmp_path, capsys, monkeypatch):
+    args = "--model tiny --device cpu --frames 12 --size 32x48 --steps 1 --inner-steps 1".split()
+    args += ["--made-clips", 2, "--seed", 5, "--out", tmp_path]
+    true, calls, most = table1.run_row, [], [4]  # the warm-up and three results
+    monkeypatch.setattr(made, "GIF_WIDTH", 96)
+
+    def run_row(*inputs):
+        calls.append(inputs)
+        if len(calls) > most[0]:
+            raise KeyboardInterrupt
+        return true(*inputs)
+
+    monkeypatch.setattr(table1, "run_row", run_row)
+    assert run_table(capsys, *args)[0] == 130
+    before = table1.read_results(tmp_path / "results.jsonl")
+    assert len(before) == 3
+    most[0] = 99
+    code, out, err = run_table(capsys, *args)
+    assert (code, err) == (0, "") and len(calls) == 5 + 2  # the last result, warmed up
+    lines = table1.read_results(tmp_path / "results.jsonl")
+    assert lines[:3] == before and len(lines) == 4
+    keys = [(f"{motion}-{5 + n}", made.PROMPTS[n], 5 + n) for n, motion in enumerate(("moves-right", "zooms-in"))]
+    assert [(line["row"], *line["key"][1:]) for line in lines] == [
+        (row, *key) for key in keys for row in ("full method", "no transfer")]  # fmt: skip
+    for line in lines:
+        name, _, seed = line["key"][1:]
+        scene = made.make_scene(name.rpartition("-")[0], seed, (32, 48), 9)
+        reference, result = (fastvmt.read_video(str(tmp_path / file), 9, (32, 48), fps=16)[0]
+                             for file in (f"{name}.mp4", line["video"]))  # fmt: skip
+        assert (reference - made.render(scene, seed, (32, 48), 9)[0]).abs().mean() < 0.1
+        assert result.shape == (3, 9, 32, 48)
+        assert iio.imread(tmp_path / f"{name}.gif").shape == (9, 64 + 24, 3 * 96, 3)
+    text = (tmp_path / "table.md").read_text()
+    for part in ("motion error, % of the motion", "minus the full method", f"cpu, torch {torch.__version__}",
+                 "python -m lab.table1 --model tiny --device cpu"):  # fmt: skip
+        assert part in text
+    calls.clear()
+    (tmp_path / "moves-right-5.gif").unlink()
+    assert run_table(capsys, *args, "--table-only")[0] == 0 and not calls and (tmp_path / "moves-right-5.gif").exists()
+
+
+def test_columns_of_made_clips_are_of_the_results(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(effect, "texture_classes", lambda size: {})
+    measured = []
+    monkeypatch.setattr(made, "error_columns", lambda video, scene: measured.append((video, scene)) or dict.fromkeys(
+        ("motion error, px a frame", "motion error, % of the motion"), float(len(measured))))  # fmt: skip
+    args = "--model toy --device cpu --steps 1 --inner-steps 1 --made-clips 1 --out".split()
+    assert run_table(capsys, *args, tmp_path)[0] == 0
+    for (video, scene), line in zip(measured, table1.read_results(tmp_path / "results.jsonl")):
+        assert scene == made.make_scene("moves-right", 0, toy.SIZE, 9)
+        close(fastvmt.read_video(str(tmp_path / line["video"]), 9, toy.SIZE, fps=8)[0], video.clamp(-1, 1), 0.6)
+        known, unknown = toy.known_words(line["key"][2])
+        assert len(known) == 3 and not unknown  # not the prompts of real scenes
+    parsed, model = table1.parse_arguments([*args, str(tmp_path), "--made-clips", "9", "--prompt", "red"])
+    clips = table1.make_clips(parsed, model)
+    assert len({clip.name for clip in clips}) == 9 and clips[8].name == "moves-right-8"
+    assert all(clip.prompts == ["red"] for clip in clips)
 
 
 def test_cost_counts_attention_and_live_memory():
