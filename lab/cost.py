@@ -41,10 +41,6 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def describe(device):
-    return f"{device_name(device)}, torch {torch.__version__}"
-
-
 def peak_memory(device, reset=False):
     """Peak bytes since the last reset: allocated on a CUDA device, else of the process, on Linux (elsewhere 0)."""
     if torch.device(device).type == "cuda":

@@ -6,7 +6,6 @@ python -m lab.effect --readings  # errors of the references' flow, read in sever
 """
 
 import argparse
-import math
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -21,6 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fastvmt
 from lab import toy, train
+
+GIF_WIDTH, GIF_BYTES = 270, 3_000_000  # of a column; of the file, at most
 
 # ---- What a clip shows -----------------------------------------------------------------------------------------------
 
@@ -186,30 +187,20 @@ def figure(dit, args, config, path, seeds):
     iio.imwrite(path, pixels.numpy(), duration=150, loop=0)
 
 
-def captions(texts, width, height):
-    """White words on black, side by side, in [-1, 1]: (3, 1, height, texts·width)."""
-    strip = Image.new("RGB", (len(texts) * width, height))
-    for column, text in enumerate(texts):
-        ImageDraw.Draw(strip).text((column * width + 6, 3), text, font=ImageFont.load_default(14))
-    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)[:, None] / 127.5 - 1
-
-
-def compare_video(clips, flows):
-    """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
-
-    clips: name -> (1, 3, T, h, w) in [-1, 1], drawn z times as large; flows: AMF (F−1, H, W, 2) of offset 1 of each.
-    """
-    videos = torch.cat([clip.float().cpu() for clip in clips.values()])
-    zoom = math.ceil(240 / videos.shape[3])
-    videos = repeat(videos, "n c t h w -> n c t (h a) (w b)", a=zoom, b=zoom)
-    flows = torch.stack(list(flows)).cpu()
-    length = flows.norm(dim=-1, keepdim=True)
-    direction, thirds = torch.atan2(flows[..., :1], flows[..., 1:]), torch.tensor([0, 2, 4]) * (math.pi / 3)
-    color = (direction - thirds).cos() * (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)  # RGB
-    motions = F.interpolate(rearrange(color, "n f h w c -> n c f h w"), videos.shape[2:], mode="nearest")
-    legend = "motion: red right, green down, cyan left, violet up"
-    strip = captions([f"{name}\n{legend}" for name in clips], videos.shape[-1], 42).expand(-1, videos.shape[2], -1, -1)
-    return torch.cat([strip, rearrange([videos, motions], "two n c t h w -> c t (two h) (n w)")], dim=2)[None]
+def write_gif(path, clips, fps):
+    """Clips {caption: (1, 3, T, H, W)} side by side, with as many of their frames as GIF_BYTES hold."""
+    video = rearrange(list(clips.values()), "n 1 c t h w -> t h (n w) c")
+    strip = Image.new("RGB", (video.shape[2], 24))
+    for column, caption in enumerate(clips):
+        place = column * video.shape[2] // len(clips) + 6, 3
+        ImageDraw.Draw(strip).text(place, caption, font=ImageFont.load_default(14))
+    frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    frames = np.concatenate([repeat(np.array(strip), "h w c -> t h w c", t=len(frames)), frames], axis=1)
+    every, data = max(1, len(frames) // 27), bytes(GIF_BYTES + 1)
+    while len(data) > GIF_BYTES:
+        data = iio.imwrite("<bytes>", frames[::every], extension=".gif", duration=1000 * every / fps, loop=0)
+        every *= 2
+    path.write_bytes(data)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ Textures of the toy's world at the model's own canvas and length. A result's cam
 
 import math
 
-import imageio.v3 as iio
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
-from lab import effect, toy
+from lab import toy
 
 MOTIONS = {  # what the picture does from the first frame to the last: rows down and right in heights, zoom, turn
     "moves-right": (0.0, 0.4, 0.0, 0.0), "zooms-in": (0.0, 0.0, math.log(1.75), 0.0),
@@ -29,7 +27,6 @@ PROMPTS = (  # nothing in them moves by itself, and there is something to see ev
     "A forest floor with fallen leaves in autumn colours, pine cones and roots, seen from above",
     "A shop window of a pottery, rows of painted plates, bowls and vases, photograph",
 )
-GIF_WIDTH, GIF_BYTES = 270, 3_000_000  # of a column; of the file, at most
 
 
 def toy_sizes(size):
@@ -74,22 +71,4 @@ def error_columns(video, scene):
     true, size = torch.tensor(scene["camera"]), video.shape[2:]
     error = toy.mean_speed(measure(video) - true, size)
     return {"motion error, px a frame": error.item(),
-            "motion error, % of the motion": (100 * error / toy.mean_speed(true, size)).item()}  # fmt: skip
-
-
-def describe(columns):
-    """error_columns in a few words."""
-    return f"error {columns['motion error, % of the motion']:.0f} % of the motion"
-
-
-def write_gif(path, clips, fps):
-    """Clips {caption: (1, 3, T, H, W)} side by side, with as many of their frames as GIF_BYTES hold."""
-    video = rearrange(list(clips.values()), "n 1 c t h w -> c t h (n w)")
-    strip = effect.captions(list(clips), video.shape[3] // len(clips), 24).expand(-1, video.shape[1], -1, -1)
-    pixels = ((torch.cat([strip, video], dim=2) + 1) * 127.5).round().clamp(0, 255).byte()
-    frames = pixels.permute(1, 2, 3, 0).numpy()
-    every, data = max(1, len(frames) // 27), bytes(GIF_BYTES + 1)
-    while len(data) > GIF_BYTES:
-        data = iio.imwrite("<bytes>", frames[::every], extension=".gif", duration=1000 * every / fps, loop=0)
-        every *= 2
-    path.write_bytes(data)
+            "motion error, %": (100 * error / toy.mean_speed(true, size)).item()}  # fmt: skip

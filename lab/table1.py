@@ -112,6 +112,11 @@ class Clip(NamedTuple):
     video: object  # () -> (1, 3, T, H, W)
     scene: dict | None = None  # of the toy's world, whose motion is known
 
+    @property
+    def slug(self):
+        """Its name as a file's."""
+        return re.sub(r"\W+", "-", self.name)
+
 
 def make_clips(args, model):
     size, turn = fastvmt.canvas(args, model)
@@ -257,16 +262,16 @@ def compute(rows, clips, args, model, **seams):
     opened = open_metrics(device) if real_weights and not args.made_clips else []
     classes = effect.texture_classes(size=fastvmt.canvas(args, model)[0]) if args.model == "toy" else None
     counts, warm = cost.count_passes(dit), False
+    machine = f"{cost.device_name(device)}, torch {torch.__version__}"
     for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
         video = clip.video()
-        if args.made_clips:
-            fastvmt.write_video(args.out / f"{clip.name}.mp4", video, args.fps or model.fps)
+        if args.keep_videos:
+            fastvmt.write_video(args.out / f"{clip.slug}.mp4", video, args.fps or model.fps, clip.name)
         others = [columns(video) for columns in opened]
         reference = codec.encode(video.to(device))
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
 
         flow_ref = metrics.read_flow(dit, reference, noise, contexts[""], args.config)
-        offset_1, shown = noise.shape[2] // dit.patch_size[0] - 1, {}  # how many pairs of neighbours come first
         for _, key, name in jobs_of_clip:
             row, prompt = rows[name], key[2]
             inputs = noise, reference, (contexts[prompt], contexts[row.negative_prompt], contexts[""])
@@ -278,8 +283,8 @@ def compute(rows, clips, args, model, **seams):
             # The flow with args' settings, whatever the row's, so that rows compare; the entropy with the row's.
             flow = metrics.read_flow(dit, latents, noise, contexts[""], args.config)
             entropy = metrics.read_entropy(dit, latents, noise, contexts[""], row.config)
-            columns |= flow_columns(flow_ref, flow, entropy, offset_1 + 1, args)
-            line = {"key": key, "row": name, "columns": columns, "code": code_hash(), "on": cost.describe(device)}
+            columns |= flow_columns(flow_ref, flow, entropy, noise.shape[2] // dit.patch_size[0], args)
+            line = {"key": key, "row": name, "columns": columns, "code": code_hash(), "on": machine}
             reused = row.velocity_interval > 1 and len(unguided) > 1
             result = codec.decode(latents) if clip.scene or others or args.keep_videos or reused else None
             if reused:
@@ -293,19 +298,12 @@ def compute(rows, clips, args, model, **seams):
                 columns["prompt right"] = float(effect.shows(result[0].cpu(), prompt, classes))
             for other in others:
                 columns |= other(result, prompt)
-            if args.keep_videos or args.made_clips:
+            if args.keep_videos:
                 line["video"] = f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.mp4"
                 fastvmt.write_video(args.out / line["video"], result, args.fps or model.fps, json.dumps(line))
-            if args.keep_videos:
-                shown.setdefault(prompt, {"reference": (video, flow_ref)})[name] = result, flow
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{clip.name}, {name}: {columns['total s']:.1f} s", flush=True)
-        for prompt, results in shown.items():
-            name = hashlib.sha256(repr((clip.name, prompt, clip.seed)).encode()).hexdigest()[:12]
-            clips_shown = {row: video for row, (video, _) in results.items()}
-            picture = effect.compare_video(clips_shown, [flow[:offset_1] for _, flow in results.values()])
-            fastvmt.write_video(args.out / f"compare-{name}.mp4", picture, args.fps or model.fps, prompt)
 
 
 # ---- Table -----------------------------------------------------------------------------------------------------------
@@ -344,21 +342,22 @@ def make_table(results, rows, args):
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def draw_made(results, rows, clips, args, model):
-    """NAME.gif in OUT for each made clip with results of all rows: the reference, plain generation, the others."""
+def draw(results, rows, clips, args, model):
+    """A GIF in OUT for each clip and prompt with results of all rows: the reference, plain generation, the others."""
     lines, fps = {tuple(line["key"]): line for line in results}, args.fps or model.fps
-    (height, width), _ = fastvmt.canvas(args, model)
-    size = round(made.GIF_WIDTH * height / width), made.GIF_WIDTH
+    (height, width), turn = fastvmt.canvas(args, model)
+    size = round(effect.GIF_WIDTH * height / width), effect.GIF_WIDTH
+    read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=fps, turn=turn)
     for clip in clips:
         for n, prompt in enumerate(clip.prompts):
-            found = {name: lines.get((settings_hash(row, args), clip.name, prompt, clip.seed))
-                     for name, row in sorted(rows.items(), key=lambda row: row[0] != "no transfer")}  # fmt: skip
-            if all(found.values()):
-                files = {"reference": f"{clip.name}.mp4"}
-                files |= {f"{name}: {made.describe(line['columns'])}": line["video"] for name, line in found.items()}
-                path = args.out / f"{clip.name}{f'-{n}' * (n > 0)}.gif"
-                made.write_gif(path, {caption: fastvmt.read_video(str(args.out / file), args.frames, size, fps=fps)
-                                      for caption, file in files.items()}, fps)  # fmt: skip
+            shown = {"reference": f"{clip.slug}.mp4"}
+            for name, row in sorted(rows.items(), key=lambda row: row[0] != "no transfer"):
+                line = lines.get((settings_hash(row, args), clip.name, prompt, clip.seed), {})
+                error = line.get("columns", {}).get("motion error, %")
+                shown[name if error is None else f"{name}: error {error:.0f} %"] = line.get("video")
+            if all(shown.values()):
+                path = args.out / f"{clip.slug}{f'-{n}' * (n > 0)}.gif"
+                effect.write_gif(path, {name: read(str(args.out / file)) for name, file in shown.items()}, fps)
                 print(f"drawn in {path}")
 
 
@@ -378,8 +377,8 @@ def parse_arguments(argv):
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
         "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README)")  # fmt: skip
-    add("--keep-videos", action="store_true", help="write each result's video to OUT, and one of all rows side by side "
-        "with their motion as colours")  # fmt: skip
+    add("--keep-videos", action="store_true", help="write references and results to OUT, and a GIF of all rows side by "
+        "side")  # fmt: skip
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
     add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
     add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, and the FLOPs of "
@@ -391,6 +390,7 @@ def parse_arguments(argv):
     random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
     args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
     args.config = config
+    args.keep_videos |= args.made_clips > 0
     return args, model
 
 
@@ -408,9 +408,8 @@ def main(argv=None, then=lambda results, rows, args: None, **seams):
                 print(line, flush=True)
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
-        rows, clips = make_rows(argv, args, model.blocks), None
-        if args.made_clips or not args.table_only:
-            clips = make_clips(args, model)
+        rows = make_rows(argv, args, model.blocks)
+        clips = make_clips(args, model) if args.keep_videos or not args.table_only else ()
         if not args.table_only:
             compute(rows, clips, args, model, **seams)
         results = read_results(args.out / "results.jsonl")
@@ -421,8 +420,8 @@ def main(argv=None, then=lambda results, rows, args: None, **seams):
         table += f"\n\n{', '.join(places)}; `python -m lab.table1 {shlex.join(argv)}`"
         (args.out / "table.md").write_text(table + "\n")
         print(table)
-        if args.made_clips:
-            draw_made(results, rows, clips, args, model)
+        if args.keep_videos:
+            draw(results, rows, clips, args, model)
         then(results, rows, args)
         return 0
     except BaseException as error:
