@@ -605,7 +605,10 @@ def test_made_clips_move_as_they_say_and_are_measured(small_toy):
         scene, video = clips[motion] = made_clip(motion, seed)
         looks.add((scene["scale"], scene["palette"], scene["texture"]))
         assert made.error_columns(video, scene)["motion error, %"] < 2, scene
+        assert scene["wavelength"] == 2 * toy.SCALES[scene["scale"]]
     assert len(looks) > 4
+    finer = made.render(scene | {"wavelength": scene["wavelength"] / 2}, seed, (100, 132), 41)[0]
+    assert 1.6 < finer.diff(dim=2).abs().mean() / video.diff(dim=2).abs().mean() < 2.4
     for motion, (down, right) in {"moves-right": (0, 1), "moves-left": (0, -1),
                                   "moves-down": (1, 0), "moves-up": (-1, 0)}.items():  # fmt: skip
         _, video = clips[motion]
@@ -656,7 +659,7 @@ def test_gifs_of_made_clips_keep_to_their_limit(tmp_path, monkeypatch):
 
 def test_table_of_made_clips_goes_on_and_is_enough_to_paste(tmp_path, capsys, monkeypatch):
     args = "--model tiny --device cpu --frames 12 --size 32x48 --steps 1 --inner-steps 1".split()
-    args += ["--made-clips", 2, "--seed", 5, "--out", tmp_path]
+    args += [*"--lr 1 1 --made-clips 2 --seed 5 --out".split(), tmp_path]  # or the two results hardly differ
     true, calls, most = table1.run_row, [], [4]  # the warm-up and three results
     monkeypatch.setattr(effect, "GIF_WIDTH", 96)
 
@@ -685,14 +688,22 @@ def test_table_of_made_clips_goes_on_and_is_enough_to_paste(tmp_path, capsys, mo
                              for file in (f"{name}.mp4", line["video"]))  # fmt: skip
         assert (reference - made.render(scene, seed, (32, 48), 9)[0]).abs().mean() < 0.1
         assert result.shape == (3, 9, 32, 48)
-        assert iio.imread(tmp_path / f"{name}.gif").shape == (9, 64 + 24, 3 * 96, 3)
+        shown = iio.imread(tmp_path / f"{name}.gif")
+        assert shown.shape == (9, 64 + 24, 3 * 96, 3)
+        columns = (torch.tensor(shown[:, 24:]) / 127.5 - 1).chunk(3, dim=2)
+        for place, file in ((0, f"{name}.mp4"), (2 - (line["row"] == "no transfer"), line["video"])):
+            true = fastvmt.read_video(str(tmp_path / file), 9, (64, 96), fps=16)[0].permute(1, 2, 3, 0)
+            apart = [(true - column).abs().mean() for column in columns]
+            assert apart[place] < 0.1 and apart[place] < 0.6 * min(apart[:place] + apart[place + 1 :]), apart
     text = (tmp_path / "table.md").read_text()
     for part in ("motion error, %", "minus the full method", f"cpu, torch {torch.__version__}",
                  "python -m lab.table1 --model tiny --device cpu"):  # fmt: skip
         assert part in text
     calls.clear()
     (tmp_path / "moves-right-5.gif").unlink()
-    assert run_table(capsys, *args, "--table-only")[0] == 0 and not calls and (tmp_path / "moves-right-5.gif").exists()
+    code, out, _ = run_table(capsys, *args, "--made-clips", 1, "--table-only")
+    assert code == 0 and not calls and (tmp_path / "moves-right-5.gif").exists()
+    assert read_table(out)["mean", "full method"]["n"] == "2"  # of however many clips
 
 
 def test_columns_of_made_clips_are_of_the_results(tmp_path, capsys, monkeypatch):
