@@ -387,6 +387,7 @@ def parse_arguments(argv):
     add("--peak-tflops", type=float, help="with --bench: the card's bf16 peak, if it is not a known card")
     parser.set_defaults(out=Path("table1"))
     flags = parser.parse_args(argv)
+    fastvmt.check_limits(vars(flags), clips=(1, 10**6), made_clips=(0, 10**6))
     random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
     args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
     args.config = config

@@ -646,7 +646,8 @@ def test_gifs_of_made_clips_keep_to_their_limit(tmp_path, monkeypatch):
     assert pixels.shape == (27, 64, 540, 3)  # every third frame
     close(torch.tensor(pixels[1, 24:, :270].mean()) / 127.5 - 1, clips["reference"].mean(), 0.05)
     captions = pixels[:, :24] > 127
-    assert 100 < (captions[0, :, :270] != captions[0, :, 270:]).sum() < 2000 and (captions != captions[0]).mean() < 0.01
+    left, right = captions[0, :, :270], captions[0, :, 270:]
+    assert left.sum() > 1.3 * right.sum() > 100 and (captions != captions[0]).mean() < 0.01  # "reference" and "plain"
     monkeypatch.setattr(effect, "GIF_BYTES", (tmp_path / "a.gif").stat().st_size // 3)
     effect.write_gif(tmp_path / "b.gif", clips, 16)
     assert (tmp_path / "b.gif").stat().st_size <= effect.GIF_BYTES and len(iio.imread(tmp_path / "b.gif")) == 7
