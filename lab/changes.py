@@ -26,16 +26,21 @@ def several_blocks(dit, x, sigma, context, config, **options):
     return torch.cat(flows, dim=1), torch.cat(key_means, dim=1)
 
 
+def read_flow(Q, K, config):
+    """attention_motion_flow as motion_features calls it."""
+    return attention_motion_flow(Q, K, span=config.span, tile=config.tile, window=config.window, tau=config.tau,
+                                 center=config.center)  # fmt: skip
+
+
 def per_head(dit, x, sigma, context, config, **options):
     """Each head's own flow in place of the flow of the heads' mean."""
     grid = [length // patch for length, patch in zip(x.shape[2:], dit.patch_size)]
     q, k = dit.qk(x, torch.full((1,), 1000 * sigma, device=x.device), context, config.block, **options)
-    settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
     readings = []
     for head in range(q.shape[2]):
         Q = head_average(q[0, :, [head]], grid)
         K = head_average(k[0, :, [head]], grid)
-        readings.append(attention_motion_flow(Q, K, **settings))
+        readings.append(read_flow(Q, K, config))
     flows, key_means = zip(*readings)
     return torch.cat(flows, dim=1), torch.cat(key_means, dim=1)
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 import fastvmt
 import wan_min
+from lab import changes
 
 GUIDANCE = ("coarse reference pass", "coarse gradient", "reference pass", "gradient")
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16
@@ -34,6 +35,10 @@ def clock(device):
     """Seconds, read once the device has done all that was asked of it."""
     torch.zeros(1, device=device).item()
     return time.perf_counter()
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory(device, reset=False):
@@ -134,7 +139,6 @@ def dit_phases(dit, noise, context, config, checkpoint):
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
     small, _ = fastvmt.pool_latents(noise, 0.9, dit.patch_size)
     features = partial(fastvmt.motion_features, dit, sigma=0.9, context=context, config=config)
-    flow_settings = {name: getattr(config, name) for name in ("span", "tile", "window", "tau", "center")}
     reading, t = (torch.zeros(2, device=noise.device), None), torch.full((1,), 900.0, device=noise.device)
     QK = torch.randn(2, *grid, dit.head.head.in_features // dit.num_heads, device=noise.device)
 
@@ -149,9 +153,7 @@ def dit_phases(dit, noise, context, config, checkpoint):
     return (coarse if config.coarse else {}) | {
         "reference pass": lambda: features(noise),
         "gradient": lambda: gradient(noise, read),
-        "of it AMF, losses, optimizer": lambda: gradient(
-            QK, lambda x: fastvmt.attention_motion_flow(*x, **flow_settings)
-        ),
+        "of it AMF, losses, optimizer": lambda: gradient(QK, lambda x: changes.read_flow(*x, config)),
         "velocity": lambda: dit(noise, t, context),
     }
 
@@ -271,7 +273,7 @@ def bench(args, model, repeat=2):
     device, config = torch.device(args.device), args.config
     args.dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     flops, dry = count(args, model)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = device_name(device)
     peak = args.peak_tflops or next((value for name, value in PEAK_TFLOPS.items() if name in card), 0)
     checkpoint = "full" if args.offload else args.checkpoint == "on"
     mode = 2 if args.offload else int(checkpoint)

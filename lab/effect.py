@@ -6,7 +6,8 @@ python -m lab.effect --readings  # errors of the references' flow, read in sever
 """
 
 import argparse
-import math
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 import fastvmt
-import wan_min
 from lab import toy, train
+
+GIF_WIDTH, GIF_BYTES = 270, 3_000_000  # of a column; of the file, at most
 
 # ---- What a clip shows -----------------------------------------------------------------------------------------------
 
@@ -92,18 +94,10 @@ def shows(video, prompt, classes):
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
     video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size)
-    noise, (context, negative, null), reference = toy.prepare(video, prompt, seed)
-
-    def sample(strength, **options):
-        guided = fastvmt.guided_steps(args.steps, config)
-        computed = [n < guided or (n - guided) % args.velocity_interval == 0 for n in range(args.steps)]
-        step = fastvmt.reuse_velocities(fastvmt.euler_step, computed)
-        sigmas = wan_min.flow_sigmas(args.steps, args.shift, strength)
-        return fastvmt.sample(dit, noise, sigmas, context, negative, cfg_scale=args.cfg_scale, config=config, step=step,
-                              **options)  # fmt: skip
-
-    plain, guided = sample(1.0), sample(args.strength, reference=reference, null=null)
-    return video, scene, prompt, [toy.decode(result)[0] for result in (plain, guided)]
+    noise, contexts, reference = toy.prepare(video, prompt, seed)
+    with redirect_stdout(sys.stderr):  # what it says is no line of a table
+        results = [fastvmt.generate(args, config, dit, noise, contexts, guide) for guide in (None, reference)]
+    return video, scene, prompt, [toy.decode(result)[0] for result in results]
 
 
 def component_error(video, scene, camera):
@@ -193,25 +187,20 @@ def figure(dit, args, config, path, seeds):
     iio.imwrite(path, pixels.numpy(), duration=150, loop=0)
 
 
-def compare_video(clips, flows):
-    """Named clips side by side, below each its motion as colours, grey at rest: (1, 3, T, 2·z·h + 42, clips·z·w).
-
-    clips: name -> (1, 3, T, h, w) in [-1, 1], drawn z times as large; flows: AMF (F−1, H, W, 2) of offset 1 of each.
-    """
-    videos = torch.cat([clip.float().cpu() for clip in clips.values()])
-    zoom = math.ceil(240 / videos.shape[3])
-    videos = repeat(videos, "n c t h w -> n c t (h a) (w b)", a=zoom, b=zoom)
-    flows = torch.stack(list(flows)).cpu()
-    length = flows.norm(dim=-1, keepdim=True)
-    direction, thirds = torch.atan2(flows[..., :1], flows[..., 1:]), torch.tensor([0, 2, 4]) * (math.pi / 3)
-    color = (direction - thirds).cos() * (length / length.quantile(0.99).clamp(min=0.5)).clamp(max=1)  # RGB
-    motions = F.interpolate(rearrange(color, "n f h w c -> n c f h w"), videos.shape[2:], mode="nearest")
-    (n, _, frames, _, width), legend = videos.shape, "motion: red right, green down, cyan left, violet up"
-    strip = Image.new("RGB", (n * width, 42))
-    for column, name in enumerate(clips):
-        ImageDraw.Draw(strip).text((column * width + 6, 3), f"{name}\n{legend}", font=ImageFont.load_default(14))
-    strip = repeat(torch.from_numpy(np.array(strip)) / 127.5 - 1, "h w c -> c t h w", t=frames)
-    return torch.cat([strip, rearrange([videos, motions], "two n c t h w -> c t (two h) (n w)")], dim=2)[None]
+def write_gif(path, clips, fps):
+    """Clips {caption: (1, 3, T, H, W)} side by side, with as many of their frames as GIF_BYTES hold."""
+    video = rearrange(list(clips.values()), "n 1 c t h w -> t h (n w) c")
+    strip = Image.new("RGB", (video.shape[2], 24))
+    for column, caption in enumerate(clips):
+        place = column * video.shape[2] // len(clips) + 6, 3
+        ImageDraw.Draw(strip).text(place, caption, font=ImageFont.load_default(14))
+    frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    frames = np.concatenate([repeat(np.array(strip), "h w c -> t h w c", t=len(frames)), frames], axis=1)
+    every, data = max(1, len(frames) // 27), bytes(GIF_BYTES + 1)
+    while len(data) > GIF_BYTES:
+        data = iio.imwrite("<bytes>", frames[::every], extension=".gif", duration=1000 * every / fps, loop=0)
+        every *= 2
+    path.write_bytes(data)
 
 
 if __name__ == "__main__":

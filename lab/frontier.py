@@ -87,24 +87,24 @@ def draw(points):
     return image
 
 
-def main(argv=None):
-    argv = [*CLIPS, *(sys.argv[1:] if argv is None else argv)]
-    if "--rows" not in argv:
-        argv += ["--rows", *ROWS]
-    if code := table1.main(argv):
-        return code
-    args, model = table1.parse_arguments(argv)
-    rows = table1.make_rows(argv, args, model.blocks)
-    points = measure(table1.read_results(args.out / "results.jsonl"), rows, args, prices())
+def show(results, rows, args):
+    """Print the table of cost and error, and draw it."""
+    points = measure(results, rows, args, prices())
     if not points:
         print("no clip has results of every setting yet")
-        return 0
+        return
     print("\n| | PFLOP | error, px a frame | clips |\n|---|--:|--:|--:|")
     for name, pflop, error, spread, clips in points:
         print(f"| {name} | {pflop:.1f} | {error:.2f} ± {spread:.2f} | {clips} |")
     draw(points).save(args.out / "frontier.png")
     print(f"\ndrawn in {args.out / 'frontier.png'}")
-    return 0
+
+
+def main(argv=None):
+    argv = [*CLIPS, *(sys.argv[1:] if argv is None else argv)]
+    if "--rows" not in argv:
+        argv += ["--rows", *ROWS]
+    return table1.main(argv, then=show)
 
 
 if __name__ == "__main__":

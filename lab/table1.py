@@ -4,6 +4,7 @@
 python -m lab.table1 --model 1.3B --refs DAVIS/JPEGImages/480p/*/ --prompts prompts.txt --out table1/
 python -m lab.table1 --model toy                              # the true error of the motion, on a laptop
 python -m lab.table1 --model toy --clips 24 --rows "tau=1" "interval=10" "window=none, interval=1"
+python -m lab.table1 --model 1.3B --made-clips 8 --out proof/  # does it move on your GPU? no clips or metrics needed
 python -m lab.table1 --model 14B --dry-run                    # FLOPs and memory of a run, without a GPU
 python -m lab.table1 --model 1.3B --random-weights --bench    # seconds and memory on your GPU
 
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import replace
 from functools import partial
@@ -28,7 +30,7 @@ import torch
 
 import fastvmt
 import wan_min
-from lab import cost, effect, metrics, toy
+from lab import cost, effect, made, metrics, toy
 
 ROWS = {  # name -> changes to the settings of the command line
     "full method": "",
@@ -56,10 +58,10 @@ ABLATION = (  # of the toy, the README's
     "inner_steps=10, interval=10", "lr=0.003 0.002, interval=20", "guided_fraction=0.2, interval=20",
 )  # fmt: skip
 ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
-            "ablation": ABLATION}  # fmt: skip
+            "made": ("no transfer",), "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
-OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips",
+OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
           "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
@@ -79,7 +81,7 @@ def make_rows(argv, args, blocks):
     """{name: arguments} of the rows that are asked for, the full method first, none twice."""
     block_rows = {f"block {n}": f"block={n}" for n in range(1, blocks + 1)}
     known, sets, rows, hashes = ROWS | PAPER_ROWS | block_rows, ROW_SETS | {"blocks": block_rows}, {}, set()
-    wanted = args.rows or ["toy" if args.model == "toy" else "all"]
+    wanted = args.rows or ["made" if args.made_clips else "toy" if args.model == "toy" else "all"]
     for name in ["full method", *(name for row in wanted for name in sets.get(row, [row]))]:
         row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
         changed = [key for key in SHARED | OTHERS - {"config"} if vars(row)[key] != vars(args)[key]]
@@ -108,11 +110,26 @@ class Clip(NamedTuple):
     seed: int  # of the noise
     prompts: list
     video: object  # () -> (1, 3, T, H, W)
-    scene: dict | None = None  # of the toy's world
+    scene: dict | None = None  # of the toy's world, whose motion is known
+
+    @property
+    def slug(self):
+        """Its name as a file's."""
+        return re.sub(r"\W+", "-", self.name)
 
 
 def make_clips(args, model):
     size, turn = fastvmt.canvas(args, model)
+    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if args.made_clips:
+        frames, clips = (args.frames - 1) // 4 * 4 + 1, []
+        for n in range(args.made_clips):
+            motion, prompt = made.choose(n, args.model == "toy")
+            scene = made.make_scene(motion, args.seed + n, size, frames)
+            video = partial(made.render, scene, args.seed + n, size, frames)
+            clips.append(Clip(f"{motion}-{args.seed + n}", args.seed + n, prompts or [prompt], video, scene))
+        return clips
     if args.model == "toy":
         clips = []
         kinds = ("look-alikes",) if args.look_alikes else TOY_CAMERAS
@@ -121,8 +138,7 @@ def make_clips(args, model):
             video, scene, prompt = toy.held_out_of_kind(10000 + seed, kind, size)
             clips.append(Clip(f"{kind} {10000 + seed}", seed, [prompt], lambda video=video: video[None], scene))
         return clips
-    lines = args.prompts.read_text().splitlines() if args.prompts else [args.prompt or ""]
-    refs, prompts = args.refs or [args.ref], [line.strip() for line in lines if line.strip()]
+    refs = args.refs or [args.ref]
     if not prompts or not refs[0]:
         raise fastvmt.UserError("--refs or --prompts are missing or empty")
 
@@ -243,17 +259,19 @@ def compute(rows, clips, args, model, **seams):
     for block in dit.blocks if args.compile else ():
         block.compile()
     real_weights = args.model not in ("toy", "tiny") and not args.random_weights
-    opened = open_metrics(device) if real_weights else []
+    opened = open_metrics(device) if real_weights and not args.made_clips else []
     classes = effect.texture_classes(size=fastvmt.canvas(args, model)[0]) if args.model == "toy" else None
     counts, warm = cost.count_passes(dit), False
+    machine = f"{cost.device_name(device)}, torch {torch.__version__}"
     for clip, jobs_of_clip in groupby(jobs, key=lambda job: job[0]):
         video = clip.video()
+        if args.keep_videos:
+            fastvmt.write_video(args.out / f"{clip.slug}.mp4", video, args.fps or model.fps, clip.name)
         others = [columns(video) for columns in opened]
         reference = codec.encode(video.to(device))
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(clip.seed)).to(device)
 
         flow_ref = metrics.read_flow(dit, reference, noise, contexts[""], args.config)
-        offset_1, shown = noise.shape[2] // dit.patch_size[0] - 1, {}  # how many pairs of neighbours come first
         for _, key, name in jobs_of_clip:
             row, prompt = rows[name], key[2]
             inputs = noise, reference, (contexts[prompt], contexts[row.negative_prompt], contexts[""])
@@ -265,30 +283,27 @@ def compute(rows, clips, args, model, **seams):
             # The flow with args' settings, whatever the row's, so that rows compare; the entropy with the row's.
             flow = metrics.read_flow(dit, latents, noise, contexts[""], args.config)
             entropy = metrics.read_entropy(dit, latents, noise, contexts[""], row.config)
-            columns |= flow_columns(flow_ref, flow, entropy, offset_1 + 1, args)
-            line = {"key": key, "row": name, "columns": columns, "code": code_hash()}
+            columns |= flow_columns(flow_ref, flow, entropy, noise.shape[2] // dit.patch_size[0], args)
+            line = {"key": key, "row": name, "columns": columns, "code": code_hash(), "on": machine}
             reused = row.velocity_interval > 1 and len(unguided) > 1
             result = codec.decode(latents) if clip.scene or others or args.keep_videos or reused else None
             if reused:
                 whole = every_velocity(dit, *unguided, inputs[2], row, **seams)
                 columns["PSNR to every velocity, dB"] = psnr(result, codec.decode(whole))
-            if clip.scene:
+            if args.made_clips:
+                columns |= made.error_columns(result[0], clip.scene)
+            elif clip.scene:
                 columns["motion error, px a frame"] = toy.motion_error(result[0].cpu(), clip.scene)
+            if classes:
                 columns["prompt right"] = float(effect.shows(result[0].cpu(), prompt, classes))
             for other in others:
                 columns |= other(result, prompt)
             if args.keep_videos:
                 line["video"] = f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.mp4"
                 fastvmt.write_video(args.out / line["video"], result, args.fps or model.fps, json.dumps(line))
-                shown.setdefault(prompt, {"reference": (video, flow_ref)})[name] = result, flow
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{clip.name}, {name}: {columns['total s']:.1f} s", flush=True)
-        for prompt, results in shown.items():
-            name = hashlib.sha256(repr((clip.name, prompt, clip.seed)).encode()).hexdigest()[:12]
-            clips_shown = {row: video for row, (video, _) in results.items()}
-            picture = effect.compare_video(clips_shown, [flow[:offset_1] for _, flow in results.values()])
-            fastvmt.write_video(args.out / f"compare-{name}.mp4", picture, args.fps or model.fps, prompt)
 
 
 # ---- Table -----------------------------------------------------------------------------------------------------------
@@ -327,6 +342,25 @@ def make_table(results, rows, args):
     return "\n\n".join("\n".join(part) for part in parts)
 
 
+def draw(results, rows, clips, args, model):
+    """A GIF in OUT for each clip and prompt with results of all rows: the reference, plain generation, the others."""
+    lines, fps = {tuple(line["key"]): line for line in results}, args.fps or model.fps
+    (height, width), turn = fastvmt.canvas(args, model)
+    size = round(effect.GIF_WIDTH * height / width), effect.GIF_WIDTH
+    read = partial(fastvmt.read_video, num_frames=args.frames, size=size, fps=fps, turn=turn)
+    for clip in clips:
+        for n, prompt in enumerate(clip.prompts):
+            shown = {"reference": f"{clip.slug}.mp4"}
+            for name, row in sorted(rows.items(), key=lambda row: row[0] != "no transfer"):
+                line = lines.get((settings_hash(row, args), clip.name, prompt, clip.seed), {})
+                error = line.get("columns", {}).get("motion error, %")
+                shown[name if error is None else f"{name}: error {error:.0f} %"] = line.get("video")
+            if all(shown.values()):
+                path = args.out / f"{clip.slug}{f'-{n}' * (n > 0)}.gif"
+                effect.write_gif(path, {name: read(str(args.out / file)) for name, file in shown.items()}, fps)
+                print(f"drawn in {path}")
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
@@ -337,12 +371,14 @@ def parse_arguments(argv):
     add("--refs", nargs="+", help="reference clips, instead of --ref: videos, or folders of pictures")
     add("--prompts", type=Path, help="file of prompts, one a line, instead of --prompt; each is tried on every clip")
     add("--clips", type=int, default=4, help="how many clips of the toy's world")
+    add("--made-clips", type=int, default=0, help="how many made-up clips of known motion, for any model, instead of "
+        "--refs: what the camera of each result does is measured from its pixels")  # fmt: skip
     add("--look-alikes", action="store_true", help="of those whose texture repeats beyond the window")
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
         "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README)")  # fmt: skip
-    add("--keep-videos", action="store_true", help="write each result's video to OUT, and one of all rows side by side "
-        "with their motion as colours")  # fmt: skip
+    add("--keep-videos", action="store_true", help="write references and results to OUT, and a GIF of all rows side by "
+        "side")  # fmt: skip
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
     add("--random-weights", action="store_true", help="random weights for 1.3B or 14B, to study speed and memory")
     add("--dry-run", action="store_true", help="no table, but FLOPs and memory of a run of this size, and the FLOPs of "
@@ -351,14 +387,19 @@ def parse_arguments(argv):
     add("--peak-tflops", type=float, help="with --bench: the card's bf16 peak, if it is not a known card")
     parser.set_defaults(out=Path("table1"))
     flags = parser.parse_args(argv)
+    fastvmt.check_limits(vars(flags), clips=(1, 10**6), made_clips=(0, 10**6))
     random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
     args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
     args.config = config
+    args.keep_videos |= args.made_clips > 0
     return args, model
 
 
-def main(argv=None, **seams):
-    """The command line, for a change of the method with its features, losses or step; give each another --out."""
+def main(argv=None, then=lambda results, rows, args: None, **seams):
+    """The command line, for a change of the method with its features, losses or step; give each another --out.
+
+    then: called once the table is written.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, model = parse_arguments(argv)
@@ -369,14 +410,20 @@ def main(argv=None, **seams):
             return 0
         args.out.mkdir(parents=True, exist_ok=True)
         rows = make_rows(argv, args, model.blocks)
+        clips = make_clips(args, model) if args.keep_videos or not args.table_only else ()
         if not args.table_only:
-            compute(rows, make_clips(args, model), args, model, **seams)
+            compute(rows, clips, args, model, **seams)
         results = read_results(args.out / "results.jsonl")
         table = make_table(results, rows, args)
         if old := sum(line["code"] != code_hash() for line in results):
             table += f"\n\n{old} results in {args.out} come from another version of the code; give another --out."
+        places = dict.fromkeys(line["on"] for line in results if "on" in line)
+        table += f"\n\n{', '.join(places)}; `python -m lab.table1 {shlex.join(argv)}`"
         (args.out / "table.md").write_text(table + "\n")
         print(table)
+        if args.keep_videos:
+            draw(results, rows, clips, args, model)
+        then(results, rows, args)
         return 0
     except BaseException as error:
         code, text = fastvmt.explain(error)

@@ -7,8 +7,8 @@ import itertools
 import json
 import math
 import re
-import sys
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 
 import fastvmt
 import wan_min
-from lab import changes, cost, effect, frontier, metrics, table1, toy, train
+from lab import changes, cost, effect, frontier, made, metrics, table1, toy, train
 from test_fastvmt import HERE, close, moving_texture, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,18 +412,13 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fastvmt, "sample", spy)
     tiled = wan_min.VAE.tiled
     monkeypatch.setattr(wan_min.VAE, "tiled", lambda *args: tiled(*args) if args[4] else pytest.fail("not in tiles"))
-    pictures, flows, compare, read = [], [], effect.compare_video, metrics.read_flow
-    monkeypatch.setattr(effect, "compare_video", lambda clips, x: pictures.append(x) or compare(clips, x))
-    monkeypatch.setattr(metrics, "read_flow", lambda *a: [out := read(*a), flows.append(out)][0])
     rows = ["window=none, tile=2 4, lr=0.1 0.05", "no_transfer, strength=0.5", "strength=0.5,cfg_scale=1",
             "steps=2, negative_prompt=blurred"]  # fmt: skip
     args = "--strength 0.9 --seed 3 --checkpoint on --vae-tiles --keep-videos --negative-prompt".split()
     assert run_table(capsys, *TABLE, "--out", tmp_path, *args, "", "--rows", *rows)[0] == 0
     assert len(list(tmp_path.glob("*.mp4"))) == 6
-    assert len(pictures[0]) == len(flows) == 6  # the reference's, then each row's
-    assert all(a.equal(b[:2]) for a, b in zip(pictures[0], flows))  # of offset 1
-    (shown,) = tmp_path.glob("compare-*.mp4")  # reference and five rows, each pixel eight times as large
-    assert fastvmt.read_video(shown, 9, (554, 6 * 384)).shape == (1, 3, 9, 554, 6 * 384)
+    (shown,) = tmp_path.glob("*.gif")
+    assert iio.imread(shown).shape == (9, 180 + 24, 6 * 270, 3) and shown.with_suffix(".mp4").exists()  # and five rows
     (_, contexts, full), (_, _, first), (plain, _, none), (start, _, last), (short, others, _) = seen[1:]  # warmed up
     assert first["config"] == dataclasses.replace(full["config"], window=None, tile=(2, 4), lr=(0.1, 0.05))
     assert none["reference"] is None and plain[0] == 1  # from pure noise, whatever the strength
@@ -450,8 +445,8 @@ def test_random_weights_are_no_checkpoints(monkeypatch):
 
 
 def test_velocities_of_both_results_are_reused(monkeypatch):
-    _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
-    args = argparse.Namespace(steps=6, shift=1.0, strength=0.9, cfg_scale=7.0, velocity_interval=3, size=toy.LARGE)
+    flags = "--model toy --device cpu --steps 6 --strength 0.9 --velocity-interval 3 --size 96x132"
+    args, config, _ = fastvmt.parse_arguments(flags.split())
     asked = []
     monkeypatch.setattr(fastvmt, "reuse_velocities", lambda *found: asked.append(found) or found[0])
     monkeypatch.setattr(fastvmt, "sample", lambda dit, noise, *a, **options: noise)
@@ -590,6 +585,146 @@ def test_columns_of_real_videos(monkeypatch, capsys):
     assert columns == {"text similarity": 0.5, "temporal consistency": 0}
 
 
+# ---- Made clips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_toy(monkeypatch):
+    """So that a canvas of 100x132 is twice the toy's, and the tests are fast."""
+    monkeypatch.setattr(toy, "LARGE", toy.SIZE)
+
+
+def made_clip(motion, seed=0, size=(100, 132), frames=41):
+    scene = made.make_scene(motion, seed, size, frames)
+    return scene, made.render(scene, seed, size, frames)[0]
+
+
+def test_made_clips_move_as_they_say_and_are_measured(small_toy):
+    clips, looks = {}, set()
+    for seed, motion in enumerate(made.MOTIONS):
+        scene, video = clips[motion] = made_clip(motion, seed)
+        looks.add((scene["scale"], scene["palette"], scene["texture"]))
+        assert made.error_columns(video, scene)["motion error, %"] < 2, scene
+        assert scene["wavelength"] == 2 * toy.SCALES[scene["scale"]]
+    assert len(looks) > 4
+    finer = made.render(scene | {"wavelength": scene["wavelength"] / 2}, seed, (100, 132), 41)[0]
+    assert 1.6 < finer.diff(dim=2).abs().mean() / video.diff(dim=2).abs().mean() < 2.4
+    for motion, (down, right) in {"moves-right": (0, 1), "moves-left": (0, -1),
+                                  "moves-down": (1, 0), "moves-up": (-1, 0)}.items():  # fmt: skip
+        _, video = clips[motion]
+        close(video[:, 5].roll((down, right), (1, 2))[:, 1:-1, 1:-1], video[:, 6, 1:-1, 1:-1], 1e-3)
+    for motion, column, total in (("zooms-in", 2, math.log(1.75)), ("zooms-out", 2, -math.log(1.75)),
+                                  ("turns-left", 3, 0.7), ("turns-right", 3, -0.7)):  # fmt: skip
+        assert clips[motion][0]["camera"][column] == pytest.approx(total / 40), motion
+
+
+def test_measuring_made_clips_is_not_misled(small_toy):
+    scene, video = made_clip("moves-up", 3)
+    still = video[:, :1].expand(-1, 41, -1, -1)
+    assert made.measure(still).abs().max() < 1e-3
+    assert made.error_columns(still, scene) == {"motion error, px a frame": pytest.approx(1, abs=0.01),
+                                                "motion error, %": pytest.approx(100, abs=1)}  # fmt: skip
+    warm = torch.stack([torch.ones_like(video[0]), *video[1:] - 1])  # what the toy would take for sprites
+    assert toy.sprite_weights(warm).min() > 0.9
+    assert made.error_columns(warm, scene)["motion error, %"] < 2
+    noisy = video + 0.6 * randn(*video.shape)
+    assert made.error_columns(noisy, scene)["motion error, %"] < 10
+
+
+def test_made_clips_are_measured_as_the_toys():
+    video, scene, _ = toy.held_out(2, "pan", False)
+    for off in ((0.0, 0.0, 0.0, 0.0), (0.6, -0.3, 0.0, 0.0), (0.0, 0.0, 0.02, -0.01)):
+        other = scene | {"camera": tuple(a + b for a, b in zip(scene["camera"], off))}
+        found = made.error_columns(video, other)["motion error, px a frame"]
+        assert found == pytest.approx(toy.motion_error(video, other), abs=0.02), off
+
+
+def test_gifs_of_made_clips_keep_to_their_limit(tmp_path, monkeypatch):
+    clips = {name: randn(1, 3, 81, 40, 270, seed=n).clamp(-1, 1) for n, name in enumerate(("reference", "plain"))}
+    effect.write_gif(tmp_path / "a.gif", clips, 16)
+    pixels = iio.imread(tmp_path / "a.gif")
+    assert pixels.shape == (27, 64, 540, 3)  # every third frame
+    close(torch.tensor(pixels[1, 24:, :270].mean()) / 127.5 - 1, clips["reference"].mean(), 0.05)
+    captions = pixels[:, :24] > 127
+    left, right = captions[0, :, :270], captions[0, :, 270:]
+    assert left.sum() > 1.3 * right.sum() > 100 and (captions != captions[0]).mean() < 0.01  # "reference" and "plain"
+    monkeypatch.setattr(effect, "GIF_BYTES", (tmp_path / "a.gif").stat().st_size // 3)
+    effect.write_gif(tmp_path / "b.gif", clips, 16)
+    assert (tmp_path / "b.gif").stat().st_size <= effect.GIF_BYTES and len(iio.imread(tmp_path / "b.gif")) == 7
+    lengths = []
+    for name in "ab":
+        with Image.open(tmp_path / f"{name}.gif") as image:
+            lengths.append(image.n_frames * image.info["duration"] / 1000)
+    assert lengths == pytest.approx([81 / 16] * 2, rel=0.1)
+
+
+def test_table_of_made_clips_goes_on_and_is_enough_to_paste(tmp_path, capsys, monkeypatch):
+    args = "--model tiny --device cpu --frames 12 --size 32x48 --steps 1 --inner-steps 1".split()
+    args += [*"--lr 1 1 --made-clips 2 --seed 5 --out".split(), tmp_path]  # or the two results hardly differ
+    true, calls, most = table1.run_row, [], [4]  # the warm-up and three results
+    monkeypatch.setattr(effect, "GIF_WIDTH", 96)
+
+    def run_row(*inputs):
+        calls.append(inputs)
+        if len(calls) > most[0]:
+            raise KeyboardInterrupt
+        return true(*inputs)
+
+    monkeypatch.setattr(table1, "run_row", run_row)
+    assert run_table(capsys, *args)[0] == 130
+    before = table1.read_results(tmp_path / "results.jsonl")
+    assert len(before) == 3
+    most[0] = 99
+    code, out, err = run_table(capsys, *args)
+    assert (code, err) == (0, "") and len(calls) == 5 + 2  # the last result, warmed up
+    lines = table1.read_results(tmp_path / "results.jsonl")
+    assert lines[:3] == before and len(lines) == 4
+    keys = [(f"{motion}-{5 + n}", made.PROMPTS[n], 5 + n) for n, motion in enumerate(("moves-right", "zooms-in"))]
+    assert [(line["row"], *line["key"][1:]) for line in lines] == [
+        (row, *key) for key in keys for row in ("full method", "no transfer")]  # fmt: skip
+    for line in lines:
+        name, _, seed = line["key"][1:]
+        scene = made.make_scene(name.rpartition("-")[0], seed, (32, 48), 9)
+        reference, result = (fastvmt.read_video(str(tmp_path / file), 9, (32, 48), fps=16)[0]
+                             for file in (f"{name}.mp4", line["video"]))  # fmt: skip
+        assert (reference - made.render(scene, seed, (32, 48), 9)[0]).abs().mean() < 0.1
+        assert result.shape == (3, 9, 32, 48)
+        shown = iio.imread(tmp_path / f"{name}.gif")
+        assert shown.shape == (9, 64 + 24, 3 * 96, 3)
+        columns = (torch.tensor(shown[:, 24:]) / 127.5 - 1).chunk(3, dim=2)
+        for place, file in ((0, f"{name}.mp4"), (2 - (line["row"] == "no transfer"), line["video"])):
+            true = fastvmt.read_video(str(tmp_path / file), 9, (64, 96), fps=16)[0].permute(1, 2, 3, 0)
+            apart = [(true - column).abs().mean() for column in columns]
+            assert apart[place] < 0.1 and apart[place] < 0.6 * min(apart[:place] + apart[place + 1 :]), apart
+    text = (tmp_path / "table.md").read_text()
+    for part in ("motion error, %", "minus the full method", f"cpu, torch {torch.__version__}",
+                 "python -m lab.table1 --model tiny --device cpu"):  # fmt: skip
+        assert part in text
+    calls.clear()
+    (tmp_path / "moves-right-5.gif").unlink()
+    code, out, _ = run_table(capsys, *args, "--made-clips", 1, "--table-only")
+    assert code == 0 and not calls and (tmp_path / "moves-right-5.gif").exists()
+    assert read_table(out)["mean", "full method"]["n"] == "2"  # of however many clips
+
+
+def test_columns_of_made_clips_are_of_the_results(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(effect, "texture_classes", lambda size: {})
+    measured = []
+    monkeypatch.setattr(made, "error_columns", lambda video, scene: measured.append((video, scene)) or dict.fromkeys(
+        ("motion error, px a frame", "motion error, %"), float(len(measured))))  # fmt: skip
+    args = "--model toy --device cpu --steps 1 --inner-steps 1 --made-clips 1 --out".split()
+    assert run_table(capsys, *args, tmp_path)[0] == 0
+    for (video, scene), line in zip(measured, table1.read_results(tmp_path / "results.jsonl")):
+        assert scene == made.make_scene("moves-right", 0, toy.SIZE, 9)
+        close(fastvmt.read_video(str(tmp_path / line["video"]), 9, toy.SIZE, fps=8)[0], video.clamp(-1, 1), 0.6)
+        known, unknown = toy.known_words(line["key"][2])
+        assert len(known) == 3 and not unknown  # not the prompts of real scenes
+    parsed, model = table1.parse_arguments([*args, str(tmp_path), "--made-clips", "9", "--prompt", "red"])
+    clips = table1.make_clips(parsed, model)
+    assert len({clip.name for clip in clips}) == 9 and clips[8].name == "moves-right-8"
+    assert all(clip.prompts == ["red"] for clip in clips)
+
+
 def test_cost_counts_attention_and_live_memory():
     with torch.enable_grad():
         q, k, v = (randn(1, 2, 64, 16, seed=n).requires_grad_() for n in range(3))
@@ -608,23 +743,6 @@ def test_cost_counts_attention_and_live_memory():
         torch.empty(10**6, device="meta")  # in host memory
     assert memory.peak == q.nbytes + 4400 and memory.live == q.nbytes
     assert not 0 < cost.peak_memory("cpu") < 2**26
-
-
-def test_peers(capsys, monkeypatch):
-    pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from lab import peers
-
-    command = "peers --device cpu --blocks 1 --latents 2 4 6 --vae-latents 2 4 4 --rounds 2"
-    monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr(peers, "WIDTHS", dict(dim=96, num_heads=2, ffn_dim=128, text_dim=32))
-    monkeypatch.setattr(peers, "VAE_WIDTH", 4)
-    peers.main()
-    rows = {row: list(cells.values())[1:] for (_, row), cells in read_table(capsys.readouterr().out).items()}
-    assert list(rows) == ["velocity, fp32", "velocity, bf16", "encode", "decode"]
-    for row, (difference, _, _, ratio, *peaks) in rows.items():
-        assert 0 < float(difference) < (0.02 if "bf16" in row else 1e-4), row
-        low, middle, high = sorted(map(float, re.findall(r"[\d.]+", ratio)))
-        assert 0 < low <= middle <= high and len(peaks) == 2
 
 
 def test_dry_run_and_bench(capsys, monkeypatch):
@@ -726,17 +844,16 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
     flops = {phase: [10**15 * n] for n, phase in enumerate(phases, 1)}
     asked = []
 
-    def table(argv):
-        args, model = table1.parse_arguments(argv)
-        asked.append((args, rows := table1.make_rows(argv, args, model.blocks)))
-        lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error}}
+    def compute(rows, clips, args, model):
+        asked.append((args, rows))
+        lines = [{"key": [table1.settings_hash(row, args), f"clip {n}", "x", 0], "columns": {frontier.COLUMN: error},
+                  "code": ""}
                  for name, errors in (("full method", (0.5, 1.5, 9.0)), ("preset fast", (2.0, 2.0)))
                  for n, error in enumerate(errors) for row in [rows[name]]]  # fmt: skip
         (args.out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return 0
 
     monkeypatch.setattr(frontier, "prices", lambda: flops)
-    monkeypatch.setattr(table1, "main", table)
+    monkeypatch.setattr(table1, "compute", compute)
     assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
     ((args, rows),) = asked
     assert args.size == toy.LARGE and args.clips == 24 and len(rows) == 1 + len(frontier.ROWS)
@@ -749,7 +866,7 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
         "error, px a frame": "1.00 ± 0.50",
         "clips": "2",
     }
-    assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and len(table) == 2
+    assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and [title for title, _ in table].count("") == 2
     picture = Image.open(tmp_path / "frontier.png")
     column, row = frontier.axis_places([("", full, 1.0, 0.5, 2), ("", fast, 2.0, 0.0, 1)])
     assert picture.getpixel((round(column(full)), round(row(1.0)))) == (0, 0, 128)
@@ -769,30 +886,6 @@ def test_flow_agreement():
     assert cosine == pytest.approx(0) and error == pytest.approx((1 + 4 + 8**0.5) / 3)
     assert metrics.flow_agreement(ref, ref) == pytest.approx((1, 0))
     assert math.isnan(metrics.flow_agreement(gen * 0, gen)[0])
-
-
-def test_comparison_shows_clips_captions_and_motion():
-    clips = {name: randn(1, 3, 5, 32, 48, seed=n).clamp(-1, 1) for n, name in enumerate(("reference", "result"))}
-    flows = torch.zeros(2, 1, 4, 6, 2)  # of one pair of latent frames, over all five frames
-    flows[0, 0, :, :4] = torch.tensor([[[0.0, 2.0]], [[2.0, 0.0]], [[0.0, -2.0]], [[-1.0, 0.0]]])
-    flows[1] = flows[0] / 2
-    picture = effect.compare_video(clips, flows)
-    assert picture.shape == (1, 3, 5, 42 + 2 * 256, 2 * 384)  # under 240 rows: enlarged eight times
-    captions, pictures, motions = picture[0].split([42, 256, 256], dim=2)
-    colors = torch.tensor([[1, -0.5, -0.5], [0, 0.866, -0.866], [-1, 0.5, 0.5], [0, -0.433, 0.433]])  # of each row
-    for n, clip in enumerate(clips.values()):
-        assert torch.equal(pictures[:, :, 3::8, n * 384 + 5 : (n + 1) * 384 : 8], clip[0])
-        shown = motions[:, :, 32::64, n * 384 + 32 : (n + 1) * 384 : 64]  # the middle of each token
-        true = colors.T[:, None, :, None].expand(3, 5, 4, 4) / (n + 1)  # one scale for all clips
-        close(shown[..., :4], true, 1e-2)
-        assert not shown[..., 4:].any()  # grey where it rests
-    left, right = captions.split(384, dim=3)
-    assert torch.equal(left[:, 0], left[:, 4]) and not torch.equal(left, right)  # "reference", "result"
-    for caption in (left, right):
-        lines = (caption[:, 0] > 0.5).any(0)  # white on black
-        assert lines[3:20].any() and lines[20:40].sum() > 200 and lines.float().mean() < 0.3
-    slow = effect.compare_video({"result": clips["reference"]}, 0.1 * flows[:1])  # hardly any motion, faint colours
-    assert torch.equal(slow[0, :, :, :42], right) and 0.1 < slow[0, :, :, -256:].abs().max() < 0.5
 
 
 def test_entropy_of_attention_in_shares_of_uniform():

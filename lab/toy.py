@@ -133,13 +133,14 @@ def sprite_path(scene, times):
     return torch.tensor(scene["place"]) + times[:, None] * torch.tensor(scene["velocity"])
 
 
-def render(scene, generator, part=(slice(None),) * 3, size=SIZE):
+def render(scene, generator, part=(slice(None),) * 3, size=SIZE, frames=FRAMES):
     """Video (3, F, H, W) in [-1, 1] of a scene: what is mid-clip at q is at e^{t·zoom}·R(t·rotation)·q + t·v at t.
 
     part: slices of the frames, rows and columns that are wanted.
     """
-    camera, times, pixels = torch.tensor(scene["camera"]), frame_times()[part[0]], pixel_grid(size)[tuple(part[1:])]
-    points, wavelength = mid_clip(pixels, camera, times), SCALES[scene["scale"]]
+    times, pixels = frame_times(frames)[part[0]], pixel_grid(size)[tuple(part[1:])]
+    points = mid_clip(pixels, torch.tensor(scene["camera"]), times)
+    wavelength = scene.get("wavelength", SCALES[scene["scale"]])
     inside = draw_texture(points, scene["texture"], wavelength, generator, scene.get("regular", False))
     low, high = (torch.tensor(COLORS[name]) for name in scene["palette"].split("-"))
     video = low + (3 * inside).sigmoid()[..., None] * (high - low)  # (F, H, W, 3), edges about a pixel wide
@@ -249,12 +250,14 @@ def alignment_error(video, weights, cameras, gap, step):
     return error.sum((1, 2, 3)) / (weight.sum((1, 2, 3)) + 1)
 
 
-def measure_camera(video):
+def measure_camera(video, weights=None):
     """The camera motion of a clip (3, F, H, W) under which its frames agree best: (4,), see draw_scene.
 
     A grid of motions is compared frame to frame; the best is refined on ever more distant frames.
+    weights (F, H, W): how much each pixel counts; else as much as it is no sprite.
     """
-    weights, unit = 1 - sprite_weights(video), torch.tensor([1.0, 1.0, 0.04, 0.04])  # of like effect on the pixels
+    weights = 1 - sprite_weights(video) if weights is None else weights
+    unit = torch.tensor([1.0, 1.0, 0.04, 0.04])  # of like effect on the pixels
     pans, rates, none = torch.arange(-5.25, 5.3, 0.75), torch.arange(-0.08, 0.09, 0.04), torch.zeros(1)
     slow = pans[pans.abs() < 1]
     grids = torch.cartesian_prod(pans, pans, none, none), torch.cartesian_prod(slow, slow, rates, rates)
@@ -300,14 +303,19 @@ def sprite_error(video, scene):
     return ((0 if found is None else found) - torch.tensor(scene["velocity"])).norm()
 
 
+def mean_speed(camera, size):
+    """Mean length over the frame of the flow of a camera's motion (4,), in pixels per frame: scalar."""
+    points, turn = pixel_grid(size), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    v, u, zoom, rotation = camera
+    return (torch.stack([v, u]) + zoom * points + rotation * points @ turn).norm(dim=-1).mean()
+
+
 def motion_error(video, scene):
     """How far a clip (3, F, H, W) is from moving as a scene does, in pixels per frame.
 
     Mean end-point error of the camera's flow over the frame; with a sprite, the mean of that and of sprite_error.
     """
-    points, turn = pixel_grid(video.shape[2:]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    v, u, zoom, rotation = measure_camera(video) - torch.tensor(scene["camera"])
-    errors = [(torch.stack([v, u]) + zoom * points + rotation * points @ turn).norm(dim=-1).mean()]
+    errors = [mean_speed(measure_camera(video) - torch.tensor(scene["camera"]), video.shape[2:])]
     if "velocity" in scene:
         errors.append(sprite_error(video, scene))
     return (sum(errors) / len(errors)).item()
