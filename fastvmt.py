@@ -608,7 +608,7 @@ def build_parser(required=False):
     add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
-    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, diffusers:…, toy, or tiny (random weights)")
+    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, diffusers:ID, toy, or tiny (random)")
     add("--lora", None, "LoRA file for a Diffusers model")
     add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
@@ -655,12 +655,11 @@ def parse_arguments(argv, parser=None, **options):
         raise UserError(f"device {args.device} cannot be used ({shorten(str(error), 200)})") from None
     full = args.dtype == "fp32" or args.dtype is None and probe.is_cpu
     dtype = torch.float32 if full else torch.bfloat16
-    lab = {"toy": "toy", "diffusers": "diffusers_model"}.get(args.model.split(":")[0])
-    source = importlib.import_module(f"lab.{lab}") if lab else wan_min
-    if args.lora:
-        if lab != "diffusers_model":
-            raise UserError("--lora needs --model diffusers:...")
-        options["lora"] = args.lora
+    lab = {"toy": "lab.toy", "diffusers": "lab.diffusers_model"}.get(args.model.split(":")[0])
+    source = importlib.import_module(lab) if lab else wan_min
+    if args.lora and "diffusers:" not in args.model:
+        raise UserError("--lora needs --model diffusers:...")
+    options |= {"lora": args.lora} if args.lora else {}
     model = source.open_model(args.model, probe.device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args, config = parse()
