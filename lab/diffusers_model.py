@@ -8,6 +8,7 @@ temperature were chosen for Wan 2.1. Shapes as in wan_min.py.
 """
 
 import os
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -142,7 +143,7 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     if index["_class_name"] != "WanPipeline":
         raise ModelError(f"{path} is a {index['_class_name']}: of Diffusers' pipelines only WanPipeline can be used")
     if random_weights:
-        raise ModelError(f"{name} comes with its own weights only")
+        raise ModelError(f"{name} has neither --random-weights nor --dry-run")
     if lora and boundary:
         raise ModelError(f"{path} has two transformers: say in Python which of them a LoRA is for (README)")
     if lora and not os.path.isfile(lora):
@@ -153,7 +154,9 @@ def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random
     def load(*parts, dtype):
         """The pipeline with these parts only."""
         others = {part: None for part, kind in index.items() if isinstance(kind, list) and part not in parts}
-        return wan_min.read(path, partial(WanPipeline.from_pretrained, torch_dtype=dtype, **others))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch_dtype, as older versions call it
+            return wan_min.read(path, partial(WanPipeline.from_pretrained, torch_dtype=dtype, **others))
 
     @torch.no_grad()
     def encode_prompts(prompts):
