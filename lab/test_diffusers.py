@@ -357,4 +357,4 @@ def test_what_cannot_be_used_is_named(saved, tmp_path, monkeypatch, capsys):
     with pytest.raises(wan_min.ModelError, match="neither --random-weights"):
         diffusers_model.open_model(one, random_weights=True)
     with pytest.raises(wan_min.ModelError, match="attention backend"):
-        diffusers_model.block_qk(SimpleNamespace(forward=lambda tokens: tokens), randn(1, 2, 3))
+        diffusers_model.run_block(SimpleNamespace(forward=lambda tokens: tokens), randn(1, 2, 3), True)
