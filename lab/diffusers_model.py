@@ -43,7 +43,7 @@ def run_block(block, *inputs):
         return block(*inputs)
     try:
         with StopAtAttention():
-            block.forward(*inputs)  # a compiled block would not stop
+            block.forward(*inputs)  # eagerly, even if it is compiled
     except Found as found:
         return [x.transpose(1, 2) for x in found.args]  # (B, S, N, D)
     raise ModelError("Q and K cannot be read: leave Diffusers' attention backend native")

@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 from diffusers.loaders import single_file_utils  # noqa: E402
 
-from lab import diffusers_model  # noqa: E402
+from lab import diffusers_model, table1  # noqa: E402
 
 TINY = wan_min.ARCHITECTURES["tiny"][0]
 RECENT = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 36)  # Wan 2.2's tiles are wrong before
@@ -356,6 +356,9 @@ def test_what_cannot_be_used_is_named(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diffusers_model, "find_spec", lambda package: True)
     refused(capsys, "--lora x is not a file", *flags, one, "--lora", "x")
     refused(capsys, "has two transformers", *flags, "diffusers:two", "--lora", "two/model_index.json")
+    argv = [*flags, one, "--block", "2", "--rows", "lora=two/model_index.json"]
+    with pytest.raises(fastvmt.UserError, match="all rows share one lora"):
+        table1.make_rows(argv, table1.parse_arguments(argv)[0], 4)
     with pytest.raises(wan_min.ModelError, match="neither --random-weights"):
         diffusers_model.open_model(one, random_weights=True)
     with pytest.raises(wan_min.ModelError, match="attention backend"):
