@@ -232,6 +232,7 @@ def test_bf16_keeps_what_diffusers_keeps_in_fp32(case):
     model = diffusers_model.open_model(case.name, dtype=torch.bfloat16)
     half, (x, context), t = model.load_dit(), inputs(case.channels), torch.tensor([600.0])
     assert {p.dtype for p in half.parameters()} == {torch.float32, torch.bfloat16}
+    assert half(x, t, context).dtype == torch.float32
     full = case.model.load_dit()
     for a, b in zip(
         (half(x, t, context), *half.qk(x, t, context, 3)), (full(x, t, context), *full.qk(x, t, context, 3))
