@@ -612,7 +612,8 @@ def build_parser(required=False):
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--preview", False, "show the result so far in OUT.preview.gif")
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
-    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, toy, or tiny (random weights)")
+    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, diffusers:ID, toy, or tiny (random)")
+    add("--lora", None, "LoRA file, for diffusers:")
     add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
     add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
     add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
@@ -658,7 +659,11 @@ def parse_arguments(argv, parser=None, **options):
         raise UserError(f"device {args.device} cannot be used ({shorten(str(error), 200)})") from None
     full = args.dtype == "fp32" or args.dtype is None and probe.is_cpu
     dtype = torch.float32 if full else torch.bfloat16
-    source = importlib.import_module("lab.toy") if args.model == "toy" else wan_min
+    lab = {"toy": "lab.toy", "diffusers": "lab.diffusers_model"}.get(args.model.split(":")[0])
+    source = importlib.import_module(lab) if lab else wan_min
+    if args.lora and "diffusers:" not in args.model:
+        raise UserError("--lora is for diffusers: models")
+    options |= {"lora": args.lora} if args.lora else {}
     model = source.open_model(args.model, probe.device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args, config = parse()
@@ -669,7 +674,8 @@ def parse_arguments(argv, parser=None, **options):
 def canvas(args, model):
     """Rows and columns of the result, and whether a portrait reference turns them."""
     if args.size:
-        return args.size if args.size in model.canvases else tuple(round(side / 16) * 16 for side in args.size), False
+        unit = 1 if args.size in model.canvases else model.multiple
+        return tuple(round(side / unit) * unit for side in args.size), False
     return model.canvases[0], model.canvases[0][::-1] in model.canvases
 
 

@@ -550,6 +550,7 @@ class Model(NamedTuple):
     fps: float  # frames per second of those
     defaults: dict  # its own defaults, by name of the flag
     demo: Callable | None = None  # reads the demo clip, with fastvmt.read_video's arguments; None: that
+    multiple: int = 16  # of its sides
 
 
 def open_model(name, device="cpu", dtype=torch.float32, *, offload=False, random_weights=False):
@@ -657,8 +658,8 @@ def find_checkpoint(name, parts=tuple(PARTS)):
 
 def unusable(where, why):
     """ModelError of what cannot be read, with what can be."""
-    return ModelError(f"{where} is {why}: only the official layout can be read, as {REPOS['1.3B']}, or its DiT in one "
-                      ".safetensors file; no Diffusers, GGUF, fp8, LoRA, i2v, VACE or Wan 2.2")  # fmt: skip
+    ways = f"as {REPOS['1.3B']}, its DiT in a .safetensors file or diffusers:DIR; no fp8, LoRA, i2v"
+    return ModelError(f"{where} is {why}: only the official layout can be read, {ways}")
 
 
 def read(path, reader):
