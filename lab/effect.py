@@ -3,6 +3,7 @@
 
 python -m lab.effect             # errors of plain and guided results
 python -m lab.effect --readings  # errors of the references' flow, read in several ways, without any sampling
+python -m lab.effect --masks     # a sprite and its background move differently, and only one of them counts
 """
 
 import argparse
@@ -19,7 +20,7 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 import fastvmt
-from lab import toy, train
+from lab import extras, toy, train
 
 GIF_WIDTH, GIF_BYTES = 270, 3_000_000  # of a column; of the file, at most
 
@@ -175,6 +176,32 @@ def readings(dit, config, clips, first, size=toy.SIZE):
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def masks(dit, args, config, clips, first):
+    """Markdown lines: errors of what moves behind a sprite and of the sprite, by what the mask shows of the reference.
+
+    Mean ± standard error over clips in px a frame, in brackets the paired difference to no mask.
+    """
+    errors = {name: [] for name in ("plain", "no mask", "the sprite's motion", "the background's motion")}
+    for seed in range(first, first + clips):
+        video, scene, prompt = toy.held_out(seed, "pan", True, args.size)
+        noise, contexts, reference = toy.prepare(video, prompt, seed)
+        sprite = toy.sprite_weights(video)[None]  # (1, F, H, W)
+        seams = [{"losses": extras.mask_losses(mask, reference)} for mask in (sprite, 1 - sprite)]
+        for name, guide, seam in zip(errors, (None, *[reference] * 3), ({}, {}, *seams)):
+            with redirect_stdout(sys.stderr):
+                result = toy.decode(fastvmt.generate(args, config, dit, noise, contexts, guide, **seam))[0]
+            errors[name].append([component_error(result, scene, camera) for camera in ("pan", "still")])
+    yield f"| {clips} clips | background, px a frame | sprite, px a frame |\n|---|--:|--:|"
+    base = torch.tensor(errors["no mask"])  # (clips, 2)
+    for name, values in errors.items():
+        x, cells = torch.tensor(values), []
+        for mean, error, change, spread in zip(
+            x.mean(0), x.std(0) / clips**0.5, (x - base).mean(0), (x - base).std(0) / clips**0.5
+        ):
+            cells.append(f"{mean:.2f} ± {error:.2f} ({change:+.2f} ± {spread:.2f})")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def figure(dit, args, config, path, seeds):
     """Animated picture: a row of reference, plain and guided for each (camera, seed)."""
     rows = []
@@ -209,6 +236,7 @@ if __name__ == "__main__":
     parser.add_argument("--clips", type=int, default=16, help="of each kind of motion")
     parser.add_argument("--first", type=int, default=93000, help="seed of the first clip")
     parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")
+    parser.add_argument("--masks", action="store_true", help="instead: with masks of a sprite and of its background")
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
     args, config, model = fastvmt.parse_arguments(["--model", "toy", *rest])
@@ -219,6 +247,6 @@ if __name__ == "__main__":
         figure(dit, args, config, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
     else:
         lines = (readings(dit, config, options.clips, options.first, args.size) if options.readings
-                 else table(dit, args, config, options.clips, options.first))  # fmt: skip
+                 else (masks if options.masks else table)(dit, args, config, options.clips, options.first))  # fmt: skip
         for line in lines:
             print(line, flush=True)

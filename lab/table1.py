@@ -61,7 +61,7 @@ ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o s
             "made": ("no transfer",), "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
-OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
+OTHERS = {"mask", "preview", "ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
           "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "lora", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
@@ -388,6 +388,10 @@ def parse_arguments(argv):
     parser.set_defaults(out=Path("table1"))
     flags = parser.parse_args(argv)
     fastvmt.check_limits(vars(flags), clips=(1, 10**6), made_clips=(0, 10**6))
+    if flags.mask or flags.preview:
+        raise fastvmt.UserError(
+            "--mask and --preview are for fastvmt.py; here losses=... of lab.table1.main changes a loss"
+        )
     random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
     args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
     args.config = config

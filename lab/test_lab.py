@@ -385,7 +385,7 @@ def test_reused_velocities_are_compared_with_the_same_run_without(monkeypatch):
 
     def sample(*inputs, **options):
         if next(attempts) == 1:
-            options["callback"] = lambda number, x, history: number < 2 or run_out()
+            options["callback"] = lambda number, *_: number < 2 or run_out()
         return true(*inputs, **options)
 
     def run_out():
@@ -450,8 +450,8 @@ def test_velocities_of_both_results_are_reused(monkeypatch):
     asked = []
     monkeypatch.setattr(fastvmt, "reuse_velocities", lambda *found: asked.append(found) or found[0])
     monkeypatch.setattr(fastvmt, "sample", lambda dit, noise, *a, **options: noise)
-    assert effect.generate(None, 5, "pan", args, config)[0].shape == (3, 9, 96, 132)
-    assert asked == [(fastvmt.euler_step, 3, 3)] * 2
+    assert effect.generate(toy.load(), 5, "pan", args, config)[0].shape == (3, 9, 96, 132)
+    assert asked == [(fastvmt.euler_step, [True, True, True, True, False, False])] * 2
 
 
 def test_the_table_reads_its_clips_as_told(tmp_path):
