@@ -93,8 +93,11 @@ class Attention(nn.Module):
     def forward(self, x, context, rope=None):
         q, k = self.qk(x, context, rope)
         v = self.v(context).unflatten(-1, (self.num_heads, -1))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, N, S, D)
+        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, N, S, D)
         return self.o(rearrange(out, "b n s d -> b s (n d)"))
+
+    def attend(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def modulate(x, shift, scale, eps):
@@ -267,8 +270,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x, cache):
         if self.history:
             past = cache.get(self)
-            past = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:]) if past is None else past
-            x = torch.cat([past, x], dim=2)
+            x = F.pad(x, (0, 0, 0, 0, self.history, 0)) if past is None else torch.cat([past, x], dim=2)
             self.remember(x, cache)
         return super().forward(x)
 
@@ -508,7 +510,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids, mask):
         """ids (B, L) long, mask (B, L) 1 = real token -> (B, L, dim)."""
         x = self.token_embedding(ids)
-        bias = torch.zeros(mask.shape, device=x.device).masked_fill(mask == 0, torch.finfo(x.dtype).min)
+        bias = torch.where(mask == 0, torch.finfo(x.dtype).min, 0.0)
         for block in self.blocks:
             x = block(x, bias[:, None, None])
         return self.norm(x)

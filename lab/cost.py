@@ -5,6 +5,7 @@ The FLOPs are those of matrix products, convolutions and attention, whose backwa
 """
 
 import math
+import os
 import re
 import time
 import weakref
@@ -39,6 +40,15 @@ def clock(device):
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def pick_gpu(name):
+    """Make "cuda" the GPU of this process's LOCAL_RANK: an index would be part of the settings. Raises UserError."""
+    if name == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if rank >= count:
+            raise fastvmt.UserError(f"LOCAL_RANK {rank}, but {count} GPUs: a process needs its own")
+        torch.cuda.set_device(rank)
 
 
 def peak_memory(device, reset=False):

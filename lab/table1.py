@@ -5,11 +5,13 @@ python -m lab.table1 --model 1.3B --refs DAVIS/JPEGImages/480p/*/ --prompts prom
 python -m lab.table1 --model toy                              # the true error of the motion, on a laptop
 python -m lab.table1 --model toy --clips 24 --rows "tau=1" "interval=10" "window=none, interval=1"
 python -m lab.table1 --model 1.3B --made-clips 8 --out proof/  # does it move on your GPU? no clips or metrics needed
+torchrun --nproc-per-node 8 -m lab.table1 ...                 # clips spread over GPUs; --table-only once all are done
 python -m lab.table1 --model 14B --dry-run                    # FLOPs and memory of a run, without a GPU
 python -m lab.table1 --model 1.3B --random-weights --bench    # seconds and memory on your GPU
 
-Each result is a line of OUT/results.jsonl as soon as it is known. A run that was killed goes on where it stopped.
-Clips are read and the VAE tiles as the command line says, in all rows: a preset's fps and tiles are ignored.
+Each result is a line of OUT/results.jsonl, of several processes results{RANK}.jsonl, as soon as it is known. A run that
+was killed goes on where it stopped. Clips are read and the VAE tiles as the command line says, in all rows: a preset's
+fps and tiles are ignored.
 """
 
 import argparse
@@ -235,20 +237,22 @@ def open_metrics(device):
     return opened
 
 
-def read_results(path):
-    """The results on disk; a last line that a killed run left torn is not read."""
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
+def read_results(folder):
+    """The results on disk, of all ranks; a last line that a killed run left torn is not read."""
+    lines = [line for path in sorted(folder.glob("results*.jsonl")) for line in path.read_text().splitlines(True)]
+    return [json.loads(line) for line in lines if line[-1] == "\n"]
 
 
 @torch.no_grad()
 def compute(rows, clips, args, model, **seams):
-    """Every result that is not on disk yet; the rows of a clip follow each other, so that their times compare."""
-    path, device = args.out / "results.jsonl", torch.device(args.device)
+    """Every result of this rank that is not on disk yet; a clip's rows follow each other, so that times compare."""
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    path, device = args.out / f"results{rank if ranks > 1 else ''}.jsonl", torch.device(args.device)
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without what a killed run left of its last line
-    done = {tuple(line["key"]) for line in read_results(path)}
+    done = {tuple(line["key"]) for line in read_results(args.out)}
     jobs = [(clip, (settings_hash(row, args), clip.name, prompt, clip.seed), name)
-            for clip in clips for prompt in clip.prompts for name, row in rows.items()]  # fmt: skip
+            for clip in clips[rank::ranks] for prompt in clip.prompts for name, row in rows.items()]  # fmt: skip
     jobs = [job for job in jobs if job[1] not in done]
     if not jobs:
         return
@@ -392,6 +396,7 @@ def parse_arguments(argv):
         raise fastvmt.UserError(
             "--mask and --preview are for fastvmt.py; here losses=... of lab.table1.main changes a loss"
         )
+    cost.pick_gpu(flags.device)
     random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
     args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
     args.config = config
@@ -417,7 +422,9 @@ def main(argv=None, then=lambda results, rows, args: None, **seams):
         clips = make_clips(args, model) if args.keep_videos or not args.table_only else ()
         if not args.table_only:
             compute(rows, clips, args, model, **seams)
-        results = read_results(args.out / "results.jsonl")
+        if int(os.environ.get("RANK", 0)):
+            return 0
+        results = read_results(args.out)
         table = make_table(results, rows, args)
         if old := sum(line["code"] != code_hash() for line in results):
             table += f"\n\n{old} results in {args.out} come from another version of the code; give another --out."

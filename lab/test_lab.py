@@ -481,7 +481,7 @@ def test_a_killed_table_goes_on_and_computes_nothing_twice(tmp_path, capsys, mon
     def run(name, *more):
         calls.clear()
         outcome = run_table(capsys, *args, tmp_path / name, *more)
-        lines = table1.read_results(tmp_path / name / "results.jsonl")
+        lines = table1.read_results(tmp_path / name)
         return *outcome, [(line["key"], line["columns"]["L_AMF"]) for line in lines]
 
     monkeypatch.setattr(table1, "run_row", run_row)
@@ -545,7 +545,7 @@ def test_table_of_the_toy_and_its_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(toy, "motion_error", lambda video, scene: video.clamp(-1, 1).mean().item() + scene["camera"][2])
     args = "--model toy --device cpu --steps 1 --inner-steps 1 --clips 3 --keep-videos --seed 7 --rows".split()
     assert run_table(capsys, *args, "block 2", "--out", tmp_path)[::2] == (0, "")
-    lines = table1.read_results(tmp_path / "results.jsonl")
+    lines = table1.read_results(tmp_path)
     rows = ["full method", "block 2"]
     cases = [("pan", 10007), ("pan", 10008), ("zoom", 10009)]
     assert [(line["key"][1], line["row"]) for line in lines] == [(f"{c} {s}", row) for c, s in cases for row in rows]
@@ -672,12 +672,12 @@ def test_table_of_made_clips_goes_on_and_is_enough_to_paste(tmp_path, capsys, mo
 
     monkeypatch.setattr(table1, "run_row", run_row)
     assert run_table(capsys, *args)[0] == 130
-    before = table1.read_results(tmp_path / "results.jsonl")
+    before = table1.read_results(tmp_path)
     assert len(before) == 3
     most[0] = 99
     code, out, err = run_table(capsys, *args)
     assert (code, err) == (0, "") and len(calls) == 5 + 2  # the last result, warmed up
-    lines = table1.read_results(tmp_path / "results.jsonl")
+    lines = table1.read_results(tmp_path)
     assert lines[:3] == before and len(lines) == 4
     keys = [(f"{motion}-{5 + n}", made.PROMPTS[n], 5 + n) for n, motion in enumerate(("moves-right", "zooms-in"))]
     assert [(line["row"], *line["key"][1:]) for line in lines] == [
@@ -714,7 +714,7 @@ def test_columns_of_made_clips_are_of_the_results(tmp_path, capsys, monkeypatch)
         ("motion error, px a frame", "motion error, %"), float(len(measured))))  # fmt: skip
     args = "--model toy --device cpu --steps 1 --inner-steps 1 --made-clips 1 --out".split()
     assert run_table(capsys, *args, tmp_path)[0] == 0
-    for (video, scene), line in zip(measured, table1.read_results(tmp_path / "results.jsonl")):
+    for (video, scene), line in zip(measured, table1.read_results(tmp_path)):
         assert scene == made.make_scene("moves-right", 0, toy.SIZE, 9)
         close(fastvmt.read_video(str(tmp_path / line["video"]), 9, toy.SIZE, fps=8)[0], video.clamp(-1, 1), 0.6)
         known, unknown = toy.known_words(line["key"][2])
