@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvmt
 import wan_min
-from lab import cost, effect, table1
+from lab import cost, table1
 
 HERE = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
@@ -56,8 +56,8 @@ def close(a, b, tolerance):
 
 
 def test_processes_share_a_tables_clips_and_a_killed_one_goes_on(capsys, monkeypatch):
-    monkeypatch.setattr(effect, "GIF_WIDTH", 96)
-    batches, true = [], wan_min.random_contexts
+    drawn, batches, true = [], [], wan_min.random_contexts
+    monkeypatch.setattr(table1, "draw", lambda results, *others: drawn.append(len(results)))
     monkeypatch.setattr(wan_min, "random_contexts", lambda texts, **more: batches.append(texts) or true(texts, **more))
     out, names = Path("shared"), ("results0.jsonl", "results1.jsonl")
 
@@ -96,7 +96,7 @@ def test_processes_share_a_tables_clips_and_a_killed_one_goes_on(capsys, monkeyp
     monkeypatch.delenv("WORLD_SIZE")
     code, shown = run(out, "--table-only")
     assert code == 0 and "| full method | 3" in shown and "| no transfer | 3" in shown
-    assert len(list(out.glob("*.gif"))) == 3
+    assert len(drawn) == 2 and drawn[1] == 6  # by rank 0, and of all
     assert sorted(path.name for path in out.glob("*.jsonl")) == list(names)
     assert run("alone")[0] == 0
     assert (
