@@ -61,7 +61,7 @@ ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o s
             "made": ("no transfer",), "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
-OTHERS = {"mask", "preview", "ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
+OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
           "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "lora", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 

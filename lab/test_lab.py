@@ -433,7 +433,8 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
     )
     assert seen[-1][2]["losses"] is losses
     for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block must"), ("seed=1", "seed"),
-                      ("tau=x", "tau"), ("compile", "compile")):  # fmt: skip
+                      ("tau=x", "tau"), ("compile", "compile"), ("preview", "--mask and --preview are"),
+                      ("mask=m.png", "--mask and --preview are")):  # fmt: skip
         code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
         assert code == 2 and word in err and err.count("\n") == 1 and "goes on" not in err, err
 
