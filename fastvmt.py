@@ -828,7 +828,7 @@ def explain(error):
     if isinstance(error, (UserError, wan_min.ModelError, OSError, SafetensorError, ModuleNotFoundError)):
         return 2, " ".join(str(error).split())
     if wan_min.out_of_memory(error):
-        return 1, "out of memory; try in this order: --checkpoint on, --offload, --coarse 1, fewer --frames, a smaller --size"
+        return 1, "out of memory; try in turn --checkpoint on, --offload, --coarse 1, fewer --frames, less --size"
     raise error
 
 
