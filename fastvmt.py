@@ -589,7 +589,8 @@ def number_or_word(text):
 
 
 def build_parser(required=False):
-    parser = argparse.ArgumentParser("fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("fastvmt.py", "%(prog)s [flags]",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.description = "Give a video of the prompt the motion of a reference video."
 
     def error(message):
@@ -602,40 +603,47 @@ def build_parser(required=False):
             options["type"] = number_or_word
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "*"
-        parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
+        group.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
     parser.error = error
+    group = parser.add_argument_group("in and out")
     add("--ref", None, "reference: a video, a folder of pictures, or 'demo'", required=required)
     add("--prompt", None, "what the new video shows", required=required)
-    add("--mask", None, "white where the reference's motion counts: a picture, or like --ref")
-    add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--preview", False, "show the result so far in OUT.preview.gif")
+    add("--mask", None, "white where the reference's motion counts: a picture, or like --ref")
+    add("--no-transfer", False, "generate plainly, from pure noise")
     add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
+
+    group = parser.add_argument_group("model and memory")
     add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, diffusers:ID, toy, or tiny (random)")
     add("--lora", None, "LoRA file, for diffusers:")
     add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
-    add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
-    add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", None, "of reference and result; else the model's own", type=number_or_word)
-    add("--start", 0.0, "seconds into the reference")
-    add("--seed", 0, "of the initial noise, the same on every device")
-    add("--no-transfer", False, "generate plainly, from pure noise")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add("--device", device, "torch device")
-    add("--dtype", None, "of the DiT; else bf16 on a GPU, fp32 on CPU", choices=["bf16", "fp32"])
     add("--checkpoint", "auto", "recompute blocks in the backward pass", choices=["auto", "on", "off"])
     add("--offload", False, "stream the weights from host memory")
     add("--vae-tiles", False, "for the VAE, of 30x52 latents", action=argparse.BooleanOptionalAction)
     add("--compile", False, "torch.compile the DiT's blocks; not with --offload")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    add("--device", device, "torch device")
+    add("--dtype", None, "of the DiT; else bf16 on a GPU, fp32 on CPU", choices=["bf16", "fp32"])
+
+    group = parser.add_argument_group("the method")
+    texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
+    for f in fields(MotionConfig):
+        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
+
+    group = parser.add_argument_group("clip and sampling")
+    add("--size", None, "rows x columns, in 16s or the model's; else its own, turned as the reference", type=HxW)
+    add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
+    add("--fps", None, "of reference and result; else the model's own", type=number_or_word)
+    add("--start", 0.0, "seconds into the reference")
+    add("--seed", 0, "of the initial noise, the same on every device")
+    add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--steps", 50, "denoising steps (Sec. 4.1)")
     add("--shift", 7.0, "timestep shift (authors' code)")
     add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
     add("--velocity-interval", 1, "compute every n-th after the guided steps, and extrapolate")
     add("--strength", 1.0, "below 1: start from the noised reference")
-    texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
-    for f in fields(MotionConfig):
-        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
     return parser
 
 

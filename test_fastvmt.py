@@ -1539,7 +1539,9 @@ def test_user_errors(capsys, monkeypatch):
 def test_help_shows_every_setting_with_default_and_source(capsys):
     with pytest.raises(SystemExit):
         fastvmt.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split()).split("options:")[1]
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.index(" --ref ") < text.index(" --model ") < text.index(" --block ") < text.index(" --seed ")
+    text = text.split("the method:")[1].split(" clip and sampling:")[0]
     for f in fields(MotionConfig):
         shown = re.search(rf" --{f.name.replace('_', '-')} (.*?) \(default: (.*?)\)(?= --|$)", text)
         assert re.search(r"(eq|Sec|App)\.|not the paper's", shown[1]) and shown[2] == str(f.default), shown
