@@ -194,11 +194,10 @@ def masks(dit, args, config, clips, first):
     yield f"| {clips} clips | background, px a frame | sprite, px a frame |\n|---|--:|--:|"
     base = torch.tensor(errors["no mask"])  # (clips, 2)
     for name, values in errors.items():
-        x, cells = torch.tensor(values), []
-        for mean, error, change, spread in zip(
-            x.mean(0), x.std(0) / clips**0.5, (x - base).mean(0), (x - base).std(0) / clips**0.5
-        ):
-            cells.append(f"{mean:.2f} ± {error:.2f} ({change:+.2f} ± {spread:.2f})")
+        x = torch.tensor(values)  # (clips, 2)
+        change = x - base
+        cells = (f"{mean:.2f} ± {error:.2f} ({more:+.2f} ± {spread:.2f})" for mean, error, more, spread in zip(
+            x.mean(0), x.std(0) / clips**0.5, change.mean(0), change.std(0) / clips**0.5))  # fmt: skip
         yield f"| {name} | {' | '.join(cells)} |"
 
 
@@ -249,6 +248,8 @@ if __name__ == "__main__":
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
     args, config, model = fastvmt.parse_arguments(["--model", "toy", *rest])
+    if args.model != "toy":
+        parser.error("its clips are the toy's")
     if args.size not in model.canvases:
         parser.error(toy.WRONG_SIZE)
     dit = toy.load()

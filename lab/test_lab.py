@@ -630,6 +630,9 @@ def test_measuring_made_clips_is_not_misled(small_toy):
     assert made.error_columns(warm, scene)["motion error, %"] < 2
     noisy = video + 0.6 * randn(*video.shape)
     assert made.error_columns(noisy, scene)["motion error, %"] < 10
+    made.make_scene("moves-up", 0, (480, 832), 9)
+    with pytest.raises(fastvmt.UserError, match="--frames 9"):  # it would move too fast
+        made.make_scene("moves-up", 0, (480, 832), 8)
 
 
 def test_made_clips_are_measured_as_the_toys():
@@ -713,7 +716,8 @@ def test_columns_of_made_clips_are_of_the_results(tmp_path, capsys, monkeypatch)
     measured = []
     monkeypatch.setattr(made, "error_columns", lambda video, scene: measured.append((video, scene)) or dict.fromkeys(
         ("motion error, px a frame", "motion error, %"), float(len(measured))))  # fmt: skip
-    args = "--model toy --device cpu --steps 1 --inner-steps 1 --made-clips 1 --out".split()
+    monkeypatch.setattr(table1, "every_velocity", None)  # would cost as many passes as are left out
+    args = "--model toy --device cpu --steps 3 --velocity-interval 2 --inner-steps 1 --made-clips 1 --out".split()
     assert run_table(capsys, *args, tmp_path)[0] == 0
     for (video, scene), line in zip(measured, table1.read_results(tmp_path / "results.jsonl")):
         assert scene == made.make_scene("moves-right", 0, toy.SIZE, 9)
@@ -936,7 +940,6 @@ def test_changes_do_what_they_say():
     inside, outside = flow_gen.clone(), flow_gen.clone()
     inside[:, 2:, 3:] += 1
     outside[:, :2] += 1
-    assert loss(changes.masked, outside) == loss(changes.masked, flow_gen) != loss(changes.masked, inside)
     assert loss(changes.directions, 3 * flow_ref) == pytest.approx(0, abs=1e-6)
     assert loss(changes.directions, -flow_ref) == pytest.approx(2)
     moving = torch.zeros(5, 6, 8, 2)
