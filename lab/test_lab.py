@@ -630,9 +630,6 @@ def test_measuring_made_clips_is_not_misled(small_toy):
     assert made.error_columns(warm, scene)["motion error, %"] < 2
     noisy = video + 0.6 * randn(*video.shape)
     assert made.error_columns(noisy, scene)["motion error, %"] < 10
-    made.make_scene("moves-up", 0, (480, 832), 9)
-    with pytest.raises(fastvmt.UserError, match="--frames 9"):  # it would move too fast
-        made.make_scene("moves-up", 0, (480, 832), 8)
 
 
 def test_made_clips_are_measured_as_the_toys():
@@ -641,6 +638,9 @@ def test_made_clips_are_measured_as_the_toys():
         other = scene | {"camera": tuple(a + b for a, b in zip(scene["camera"], off))}
         found = made.error_columns(video, other)["motion error, px a frame"]
         assert found == pytest.approx(toy.motion_error(video, other), abs=0.02), off
+    made.make_scene("moves-up", 0, (480, 832), 9)
+    with pytest.raises(fastvmt.UserError, match="--frames 9"):  # it would move too fast
+        made.make_scene("moves-up", 0, (480, 832), 8)
 
 
 def test_gifs_of_made_clips_keep_to_their_limit(tmp_path, monkeypatch):
@@ -926,7 +926,7 @@ def test_changes_run_and_change_the_result():
         torch.manual_seed(0)
         results.append(fastvmt.sample(dit, randn(1, 16, 5, 8, 14, seed=1), wan_min.flow_sigmas(2), context, negative,
                                       reference=reference, null=null, config=config, **change))  # fmt: skip
-    assert len(results) == 9 and all(x.isfinite().all() for x in results)
+    assert len(results) == 8 and all(x.isfinite().all() for x in results)
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(results, 2))
 
 
