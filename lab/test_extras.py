@@ -71,6 +71,10 @@ def test_a_masks_picture_video_or_folder_is_read_like_the_reference():
     assert torch.equal(extras.read_mask("clear", video, 16.0, 0.0), still)
     Image.open("m.png").save("m.gif")  # of one frame
     assert (extras.read_mask("m.gif", video, 16.0, 1.0) - left)[..., [*range(22), *range(26, 48)]].abs().max() < 0.02
+    images = [Image.fromarray(np.full((32, 48), 20 * n, np.uint8)) for n in range(12)]
+    images[0].save("moving.gif", save_all=True, append_images=images[1:], duration=100)
+    found = 255 * extras.read_mask("moving.gif", video, 10.0, 0.0)[0, :, 5, 5]
+    assert torch.allclose(found, 20.0 * torch.arange(9), atol=4)
     fastvmt.write_video("m.mp4", 2 * left[:, None].expand(-1, 3, -1, -1, -1) - 1, 16.0)
     assert (extras.read_mask("m.mp4", video, 16.0, 0.0) - left).abs()[..., [*range(20), *range(28, 48)]].max() < 0.06
 
