@@ -29,6 +29,7 @@ from functools import partial
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -P leaves it out
+    sys.modules["fastvmt"] = sys.modules["__main__"]  # the lab imports it
     # Until all is imported; no exception, as that would be shown.
     interrupt = signal.signal(signal.SIGINT, lambda *_: os._exit(print("fastvmt: interrupted", file=sys.stderr) or 130))
 
@@ -190,7 +191,7 @@ def frame_flow(Q, K, anchors, targets, tau):
     return (attention @ positions - positions).unflatten(1, (H, W))
 
 
-def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**22):
+def attention_motion_flow(Q, K, *, span=5, tile=(3, 4), window=21, tau=1.0, center="soft", max_logits=2**23):
     """AMF Δ_ij of all frame pairs of the span, searched in one l×l window per tile (Sec. 3.2, eqs. 1-5).
 
     Q, K: (F, H, W, D), head-averaged. Returns flow (P, H, W, 2) in tokens and key_mean K̄ (P, N, D), in frame_pairs'
@@ -435,7 +436,7 @@ def open_video(path, options, filters):
     except OSError as error:
         # The first line of the log that names a cause.
         cause = re.search(r"(?m)^(?:\[.*\] )?(?!Input)(\S.*(?:rror|nvalid|no streams|No such).*)|\Z", str(error))[1]
-        raise UserError(f"cannot read the reference {path} ({cause or 'no frame can be decoded'})") from None
+        raise UserError(f"cannot read {path} ({cause or 'no frame can be decoded'})") from None
 
 
 def decode_frames(path, size, fps, start, turn):
@@ -482,7 +483,7 @@ def read_pictures(path, size, fps, start, turn):
         try:
             image = ImageOps.exif_transpose(Image.open(file))
         except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read the reference {file} ({error})") from None
+            raise UserError(f"cannot read {file} ({error})") from None
         size = size[::-1] if n == 0 and turn and image.height > image.width else size
         image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # convert() would clip 16 bits
         yield np.array(ImageOps.fit(image.convert("RGBA"), size[::-1]))
@@ -499,11 +500,11 @@ def read_video(path, num_frames, size, *, fps=16.0, start=0.0, turn=False):
     elif os.path.isdir(path):
         rate, frames = fps, read_pictures(path, size, fps, start, turn)
     else:
-        raise UserError(f"cannot read the reference {path} (not a file or a folder)")
+        raise UserError(f"cannot read {path} (not a file or a folder)")
     frames = list(islice(frames, num_frames))
     if len(frames) < 5:
         count = f"{len(frames)} frames from {start:g} s at --fps {fps:g}, fewer than 5"
-        raise UserError(f"reference {path} has {count}" + f"; its own rate is {rate:g}" * (rate != fps))
+        raise UserError(f"{path} has {count}" + f"; its own rate is {rate:g}" * (rate != fps))
     frames = torch.from_numpy(np.stack(frames[: (len(frames) - 1) // 4 * 4 + 1]))
     color, alpha = rearrange(frames, "t h w c -> 1 c t h w").split([3, 1], dim=1)
     return (color / 127.5 - 1) * (alpha / 255)  # on mid grey
@@ -589,7 +590,8 @@ def number_or_word(text):
 
 
 def build_parser(required=False):
-    parser = argparse.ArgumentParser("fastvmt.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("fastvmt.py", "%(prog)s [flags]",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.description = "Give a video of the prompt the motion of a reference video."
 
     def error(message):
@@ -602,40 +604,47 @@ def build_parser(required=False):
             options["type"] = number_or_word
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "*"
-        parser.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
+        group.add_argument(name, default=default, help=text.replace("%", "%%"), **options)
 
     parser.error = error
+    group = parser.add_argument_group("in and out")
     add("--ref", None, "reference: a video, a folder of pictures, or 'demo'", required=required)
     add("--prompt", None, "what the new video shows", required=required)
-    add("--mask", None, "white where the reference's motion counts: a picture, or like --ref")
-    add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--out", Path("out.mp4"), "mp4 to write", type=Path)
     add("--preview", False, "show the result so far in OUT.preview.gif")
-    add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
-    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, diffusers:ID, toy, or tiny (random)")
-    add("--lora", None, "LoRA file, for diffusers:")
-    add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
-    add("--size", None, "rows x columns, in 16s; else the model's own, turned as the reference", type=HxW)
-    add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
-    add("--fps", None, "of reference and result; else the model's own", type=number_or_word)
-    add("--start", 0.0, "seconds into the reference")
-    add("--seed", 0, "of the initial noise, the same on every device")
+    add("--mask", None, "white where the reference's motion counts: a picture, or like --ref", type=Path)
     add("--no-transfer", False, "generate plainly, from pure noise")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    add("--device", device, "torch device")
-    add("--dtype", None, "of the DiT; else bf16 on a GPU, fp32 on CPU", choices=["bf16", "fp32"])
+    add("--decode", None, "latents that a stopped run kept; its flags finish it, and delete them", type=Path)
+
+    group = parser.add_argument_group("model and memory")
+    add("--model", "1.3B", "1.3B, 14B, a folder, a DiT's file, a hub repo id, diffusers:ID, toy, or tiny (random)")
+    add("--lora", None, "LoRA file, for a diffusers: model", type=Path)
+    add("--preset", None, "settings of the paper, of its release, or for speed", choices=PRESETS)
     add("--checkpoint", "auto", "recompute blocks in the backward pass", choices=["auto", "on", "off"])
     add("--offload", False, "stream the weights from host memory")
     add("--vae-tiles", False, "for the VAE, of 30x52 latents", action=argparse.BooleanOptionalAction)
     add("--compile", False, "torch.compile the DiT's blocks; not with --offload")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    add("--device", device, "torch device")
+    add("--dtype", None, "of the DiT; else bf16 on a GPU, fp32 on CPU", choices=["bf16", "fp32"])
+
+    group = parser.add_argument_group("the method")
+    texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
+    for f in fields(MotionConfig):
+        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
+
+    group = parser.add_argument_group("clip and sampling")
+    add("--size", None, "rows x columns, in 16s or the model's; else its own, turned as the reference", type=HxW)
+    add("--frames", 81, "at most, rounded down to 4k+1 (Sec. 4.1)")
+    add("--fps", None, "of reference and result; else the model's own", type=number_or_word)
+    add("--start", 0.0, "seconds into the reference")
+    add("--seed", 0, "of the initial noise, the same on every device")
+    add("--negative-prompt", "", "what to avoid; else the model's own")
     add("--steps", 50, "denoising steps (Sec. 4.1)")
     add("--shift", 7.0, "timestep shift (authors' code)")
     add("--cfg-scale", 5.8, "classifier-free guidance scale (authors' code)")
     add("--velocity-interval", 1, "compute every n-th after the guided steps, and extrapolate")
     add("--strength", 1.0, "below 1: start from the noised reference")
-    texts = dict(re.findall(r"(?m)^ +(\w+): .*?  # (.*)$", inspect.getsource(MotionConfig)))  # its comments
-    for f in fields(MotionConfig):
-        add("--" + f.name.replace("_", "-"), f.default, texts.get(f.name, ""))
     return parser
 
 
@@ -659,12 +668,12 @@ def parse_arguments(argv, parser=None, **options):
         raise UserError(f"device {args.device} cannot be used ({shorten(str(error), 200)})") from None
     full = args.dtype == "fp32" or args.dtype is None and probe.is_cpu
     dtype = torch.float32 if full else torch.bfloat16
-    lab = {"toy": "lab.toy", "diffusers": "lab.diffusers_model"}.get(args.model.split(":")[0])
-    source = importlib.import_module(lab) if lab else wan_min
-    if args.lora and "diffusers:" not in args.model:
+    diffusers = args.model.startswith("diffusers:")
+    lab = "lab.diffusers_model" if diffusers else "lab.toy" if args.model == "toy" else "wan_min"
+    if args.lora and not diffusers:
         raise UserError("--lora is for diffusers: models")
     options |= {"lora": args.lora} if args.lora else {}
-    model = source.open_model(args.model, probe.device, dtype, offload=args.offload, **options)
+    model = importlib.import_module(lab).open_model(args.model, probe.device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args, config = parse()
     check_limits(vars(args), block=(1, model.blocks))
@@ -719,22 +728,21 @@ def reuse_velocities(step, computed):
 
 
 def generate(args, config, dit, noise, contexts, reference, step=euler_step, watch=None, **seams):
-    """Latents, guided if there is a reference; seams: features and losses of `sample`.
-
-    watch(clean) follows each guided and every fifth step.
-    """
+    """Latents, guided if there is a reference; watch(clean) follows each guided and every fifth step."""
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
     guided = guided_steps(args.steps, config)
     computed = [n < guided or (n - guided) % args.velocity_interval == 0 for n in range(args.steps)]
     passes = 1 if args.cfg_scale == 1 else 2
     costs = [passes * fresh for fresh in computed]  # of each step, in passes of the DiT
-    told = f"{args.steps} steps, {sum(costs)} velocities"
+    told = f"{args.steps} steps, {sum(costs)} passes"
     if guided and reference is not None:
         gradients = math.ceil(config.inner_steps / config.interval)
-        told += f"; 1 to {guided} guided, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}, {guided * gradients} gradients"
-        for n in range(guided):  # a gradient takes a GPU 3 times as long as the blocks it is of, coarse a seventh of it
-            relative = 3 / 7 if n < round(config.coarse * guided) else 3
-            costs[n] += relative * gradients * config.block / len(dit.blocks)
+        told += (
+            f"; 1 to {guided} guided, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}, gradients: {guided * gradients}"
+        )
+        for n in range(guided):  # a gradient takes a GPU 3 times as long as its blocks, a coarse one a seventh of that
+            passes = 3 / 7 if n < round(config.coarse * guided) else 3
+            costs[n] += passes * gradients * config.block / len(dit.blocks)
     print(told)
 
     def attempt(checkpoint):
@@ -746,7 +754,7 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, wat
         if not torch.isfinite(x).all():
             raise UserError(f"the latent is not finite after step {number + 1} of {args.steps}; try --dtype fp32")
         loss = {} if history is None else {"loss": history[-1, 0].item()}
-        bar.set_postfix({"step": f"{number + 1}/{args.steps}"} | loss)
+        bar.set_postfix({"step": f"{number + 1}/{args.steps}"} | loss, refresh=False)
         bar.update(sum(costs[: number + 1]) - bar.n)
         if watch and (loss or number % 5 == 4):
             watch(clean)
@@ -781,7 +789,7 @@ def transfer(args, config, model, kept, **seams):
     read = args.ref == "demo" and model.demo or read_video
     video = read(args.ref, args.frames, size, fps=fps, start=args.start, turn=turn)  # (1, 3, T, H, W)
     frames = video.shape[2]
-    extras = args.mask or args.preview
+    extras = (args.mask or args.preview) and not args.decode
     prepare = importlib.import_module("lab.extras").prepare(args, video, fps) if extras else lambda reference: {}
     if frames < args.frames - 3:
         print(f"only {frames} frames: the reference is shorter than --frames")
@@ -828,7 +836,7 @@ def explain(error):
     if isinstance(error, (UserError, wan_min.ModelError, OSError, SafetensorError, ModuleNotFoundError)):
         return 2, " ".join(str(error).split())
     if wan_min.out_of_memory(error):
-        return 1, "out of memory; try in this order: --checkpoint on, --offload, fewer --frames, a smaller --size"
+        return 1, "out of memory; try in turn --checkpoint on, --offload, --coarse 1, fewer --frames, less --size"
     raise error
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight changes of the method, each a function that `fastvmt.sample`, or `fastvmt.main`, is handed as an argument.
+"""Seven changes of the method, each a function that `fastvmt.sample`, or `fastvmt.main`, is handed as an argument.
 
 python -m lab.changes    # the toy with each of them, and how its result moves (two minutes)
 
-    fastvmt.main(["--ref", "in.mp4", "--prompt", "a red fox runs through snow"], losses=masked)
+    fastvmt.main(["--ref", "in.mp4", "--prompt", "a red fox runs through snow"], losses=by_speed)
 """
 
 from dataclasses import replace
@@ -69,15 +69,6 @@ def three_best(dit, x, sigma, context, config, **options):
 # ---- losses=: how two readings are compared; these three leave L_window out ----
 
 
-def masked(reference, generated, *, num_frames, config):
-    """Only a part of the frame counts, given by a mask over tokens: here all but two rows and three columns."""
-    (flow_ref, _), (flow_gen, _) = reference, generated
-    mask = torch.zeros(flow_gen.shape[1:3], device=flow_gen.device)  # (H, W)
-    mask[2:, 3:] = 1
-    loss = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha, weight=mask)
-    return (loss,)
-
-
 def by_speed(reference, generated, *, num_frames, config):
     """Tokens count by how fast the reference moves there."""
     (flow_ref, _), (flow_gen, _) = reference, generated
@@ -111,7 +102,7 @@ def ancestral(velocity, x, sigma, next_sigma):
     return fastvmt.match_noise(clean, torch.randn_like(x), next_sigma)
 
 
-CHANGES = {"features": (several_blocks, per_head, three_best), "losses": (masked, by_speed, directions),
+CHANGES = {"features": (several_blocks, per_head, three_best), "losses": (by_speed, directions),
            "step": (heun, ancestral)}  # fmt: skip
 
 

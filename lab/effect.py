@@ -194,35 +194,43 @@ def masks(dit, args, config, clips, first):
     yield f"| {clips} clips | background, px a frame | sprite, px a frame |\n|---|--:|--:|"
     base = torch.tensor(errors["no mask"])  # (clips, 2)
     for name, values in errors.items():
-        x, cells = torch.tensor(values), []
-        for mean, error, change, spread in zip(
-            x.mean(0), x.std(0) / clips**0.5, (x - base).mean(0), (x - base).std(0) / clips**0.5
-        ):
-            cells.append(f"{mean:.2f} ± {error:.2f} ({change:+.2f} ± {spread:.2f})")
+        x = torch.tensor(values)  # (clips, 2)
+        change = x - base
+        cells = (f"{mean:.2f} ± {error:.2f} ({more:+.2f} ± {spread:.2f})" for mean, error, more, spread in zip(
+            x.mean(0), x.std(0) / clips**0.5, change.mean(0), change.std(0) / clips**0.5))  # fmt: skip
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def figure(dit, args, config, path, seeds):
-    """Animated picture: a row of reference, plain and guided for each (camera, seed)."""
+def caption(texts, frames):
+    """A black strip with texts side by side, for frames (T, H, W, 3) in bytes: (T, 24, W, 3)."""
+    strip = Image.new("RGB", (frames.shape[2], 24))
+    for column, text in enumerate(texts):
+        place = column * strip.width // len(texts) + 6, 3
+        ImageDraw.Draw(strip).text(place, text, font=ImageFont.load_default(14))
+    return repeat(np.array(strip), "h w c -> t h w c", t=len(frames))
+
+
+def to_bytes(videos):
+    """Videos (1, 3, T, H, W) in [-1, 1], side by side: frames (T, H, W, 3) in bytes."""
+    video = rearrange(list(videos), "n 1 c t h w -> t h (n w) c")
+    return ((video + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def figure(dit, args, config, path, first):
+    """GIF with a row for each kind of motion, of the clip with the next seed: reference, plain and guided result."""
     rows = []
-    for camera, seed in seeds:
-        video, _, _, results = generate(dit, seed, camera, args, config)
-        clips = [F.pad(clip.repeat_interleave(3, 2).repeat_interleave(3, 3), (4, 4, 4, 4), value=1.0)
-                 for clip in (video, *results)]  # fmt: skip
-        rows.append(torch.cat(clips, dim=3))
-    pixels = ((torch.cat(rows, dim=2) + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
-    iio.imwrite(path, pixels.numpy(), duration=150, loop=0)
+    for n, camera in enumerate(("pan", "zoom", "rotation", "still")):
+        video, _, prompt, results = generate(dit, first + n, camera, args, config)
+        clips = [F.pad(F.interpolate(clip, scale_factor=4), (4, 4, 4, 4))[None] for clip in (video, *results)]
+        rows += [to_bytes(clips), caption([f'"{prompt}"'], to_bytes(clips))]
+    header = caption(["reference", "without FastVMT", "with FastVMT"], rows[0])
+    iio.imwrite(path, np.concatenate([header, *rows], axis=1), duration=125, loop=0)
 
 
 def write_gif(path, clips, fps):
     """Clips {caption: (1, 3, T, H, W)} side by side, with as many of their frames as GIF_BYTES hold."""
-    video = rearrange(list(clips.values()), "n 1 c t h w -> t h (n w) c")
-    strip = Image.new("RGB", (video.shape[2], 24))
-    for column, caption in enumerate(clips):
-        place = column * video.shape[2] // len(clips) + 6, 3
-        ImageDraw.Draw(strip).text(place, caption, font=ImageFont.load_default(14))
-    frames = ((video + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    frames = np.concatenate([repeat(np.array(strip), "h w c -> t h w c", t=len(frames)), frames], axis=1)
+    frames = to_bytes(clips.values())
+    frames = np.concatenate([caption(list(clips), frames), frames], axis=1)
     every, data = max(1, len(frames) // 27), bytes(GIF_BYTES + 1)
     while len(data) > GIF_BYTES:
         data = iio.imwrite("<bytes>", frames[::every], extension=".gif", duration=1000 * every / fps, loop=0)
@@ -240,11 +248,13 @@ if __name__ == "__main__":
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
     args, config, model = fastvmt.parse_arguments(["--model", "toy", *rest])
+    if args.model != "toy":
+        parser.error("its clips are the toy's")
     if args.size not in model.canvases:
         parser.error(toy.WRONG_SIZE)
     dit = toy.load()
     if options.figure:
-        figure(dit, args, config, options.figure, [("pan", 5), ("zoom", 3), ("rotation", 4), ("still", 3)])
+        figure(dit, args, config, options.figure, options.first)
     else:
         lines = (readings(dit, config, options.clips, options.first, args.size) if options.readings
                  else (masks if options.masks else table)(dit, args, config, options.clips, options.first))  # fmt: skip

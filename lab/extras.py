@@ -2,6 +2,7 @@
 """What --mask and --preview of a run do: a mask says whose motion counts, a preview shows what the run has so far."""
 
 import os
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,20 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch.nn.functional import adaptive_avg_pool3d, pad
+from tqdm import tqdm
 
 import fastvmt
 
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 HEIGHT = 240  # of a preview in pixels, about
 
 
 def prepare(args, video, fps):
-    """Function of the latents of a reference (1, 3, T, H, W) -> what fastvmt.generate is handed. Raises UserError."""
+    """Checks the flags, and returns a function of the reference's latents -> generate's `losses` and `watch`.
+
+    video: the reference (1, 3, T, H, W). Raises UserError.
+    """
+    if args.mask and args.no_transfer:
+        raise fastvmt.UserError("--mask and --no-transfer exclude each other")
     mask = read_mask(args.mask, video, fps, args.start) if args.mask else None
 
     def seams(reference):
@@ -39,26 +45,28 @@ def pool_frames(video, shape):
 
 
 def read_mask(path, video, fps, start):
-    """The light of a mask, for a reference (1, 3, T, H, W): fp32 (1, T, H, W) in [0, 1].
+    """The light of a mask, for a reference (1, 3, T, H, W): fp32 (1, T, H, W) in [0, 1]; what is transparent is black.
 
     path: a picture, for all frames, or a video or folder that is read like the reference. Raises UserError.
     """
     frames, *size = video.shape[2:]
-    if os.path.isfile(path) and Path(path).suffix.lower() in PICTURES:
-        try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise fastvmt.UserError(f"cannot read the mask {path} ({error})") from None
-        black = Image.new("RGBA", image.size, "black")
-        image = ImageOps.fit(Image.alpha_composite(black, image).convert("L"), size[::-1])
-        mask = torch.from_numpy(np.array(image) / np.float32(255)).expand(1, frames, -1, -1)
+    try:
+        image = Image.open(path)
+        still = getattr(image, "n_frames", 1) == 1
+    except (OSError, Image.DecompressionBombError):
+        still = False
+    if still:
+        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), size[::-1])
+        found = [np.array(image)] * frames
+    elif os.path.isdir(path):
+        found = fastvmt.read_pictures(path, size, fps, start, False)
     else:
-        mask = (fastvmt.read_video(path, frames, size, fps=fps, start=start)[0].mean(0, keepdim=True) + 1) / 2
-    if mask.shape[1] < frames:
-        raise fastvmt.UserError(f"the mask {path} has {mask.shape[1]} frames, the reference {frames}")
-    if not mask.any():
-        raise fastvmt.UserError(f"the mask {path} is black: no motion counts")
-    return mask
+        _, found = fastvmt.decode_frames(path, size, fps, start, False)
+    found = list(islice(found, frames))
+    if len(found) < frames:
+        raise fastvmt.UserError(f"the mask {path} has {len(found)} frames, the reference {frames}")
+    color, alpha = torch.from_numpy(np.stack(found)).split([3, 1], dim=-1)
+    return (color.float().mean(-1) * alpha[..., 0] / 255**2)[None]
 
 
 def mask_losses(mask, reference):
@@ -67,6 +75,8 @@ def mask_losses(mask, reference):
     reference: the latents (1, C, F, h, w).
     """
     mask = pool_frames(mask, reference.shape[2:]).to(reference)  # (1, F, h, w)
+    if not mask[:, :-1].any():  # the last frame is no anchor
+        raise fastvmt.UserError("the mask is black: no motion counts")
 
     def losses(reading, generated, *, num_frames, config):
         (flow_ref, _), (flow, key_mean) = reading, generated
@@ -116,10 +126,14 @@ def open_preview(path, reference, video, fps):
     colors = fit_colors(reference, video)
     duration = round(1000 * video.shape[2] / fps / reference.shape[2])
 
+    failed = []
+
     def watch(clean):
         try:
             write_gif(path, latent_columns(clean) @ colors, duration)
         except OSError as error:  # the run goes on
-            print(f"no preview in {path} ({error.strerror or error})")
+            if not failed:
+                tqdm.write(f"no preview in {path} ({error.strerror or error})")
+            failed.append(error)
 
     return watch

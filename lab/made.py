@@ -9,9 +9,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+import fastvmt
 from lab import toy
 
-MOTIONS = {  # what the picture does from the first frame to the last: rows down and right in heights, zoom, turn
+MOTIONS = {  # from the first frame to the last: pan down and right in picture heights, log zoom, turn in radians
     "moves-right": (0.0, 0.4, 0.0, 0.0), "zooms-in": (0.0, 0.0, math.log(1.75), 0.0),
     "moves-up": (-0.4, 0.0, 0.0, 0.0), "turns-left": (0.0, 0.0, 0.0, 0.7),
     "moves-left": (0.0, -0.4, 0.0, 0.0), "zooms-out": (0.0, 0.0, -math.log(1.75), 0.0),
@@ -29,12 +30,12 @@ PROMPTS = (  # nothing in them moves by itself, and there is something to see ev
 )
 
 
-def toy_sizes(size):
+def scale(size):
     """How many times as large as the toy's large canvas another is."""
     return max(1, min(size) // min(toy.LARGE))
 
 
-def choose(n, is_toy=False):
+def motion_and_prompt(n, is_toy=False):
     """Motion and prompt of the n-th clip; the toy knows its own words only."""
     scene = toy.draw_scene(torch.Generator().manual_seed(1000 + n), "still", False)
     return list(MOTIONS)[n % len(MOTIONS)], toy.describe(scene) if is_toy else PROMPTS[n % len(PROMPTS)]
@@ -46,8 +47,11 @@ def make_scene(motion, seed, size, frames):
     scene = {name: toy.choose(words, g) for name, words in (
         ("scale", list(toy.SCALES)), ("palette", toy.PALETTES), ("texture", ("blobs", "checks")))}  # fmt: skip
     whole = down * size[0], right * size[0], zoom, turn
+    least = 1 + math.ceil(0.4 * size[0] / scale(size) / 5)  # faster pans than 5 are not looked for
+    if frames < least:
+        raise fastvmt.UserError(f"made clips of this size need --frames {least} at least")
     return scene | {"camera": tuple(x / (frames - 1) for x in whole),
-                    "wavelength": toy.SCALES[scene["scale"]] * toy_sizes(size)}  # fmt: skip
+                    "wavelength": toy.SCALES[scene["scale"]] * scale(size)}  # fmt: skip
 
 
 def render(scene, seed, size, frames):
@@ -59,7 +63,7 @@ def render(scene, seed, size, frames):
 
 def measure(video):
     """Camera motion (4,) of a clip (3, F, H, W), in its own pixels and frames, from fewer and smaller ones."""
-    times, every = toy_sizes(video.shape[2:]), max(1, (video.shape[1] - 1) // 16)
+    times, every = scale(video.shape[2:]), max(1, (video.shape[1] - 1) // 16)
     # Of overlapping squares: noise pulls what is measured towards half pixels, where interpolation averages it.
     small = F.avg_pool2d(video[:, ::every].float(), 2 * times, times).cpu()
     camera = toy.measure_camera(small, torch.ones(small.shape[1:]))  # no sprites: real scenes have warm colours

@@ -63,7 +63,7 @@ ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o s
             "made": ("no transfer",), "ablation": ABLATION}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
-OTHERS = {"mask", "preview", "ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
+OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
           "look_alikes", "keep_videos", "table_only", "dry_run", "bench", "peak_tflops", "config"}  # fmt: skip
 SHARED = {"model", "lora", "random_weights", "size", "frames", "start", "device", "dtype", "offload", "compile"}
 
@@ -127,7 +127,7 @@ def make_clips(args, model):
     if args.made_clips:
         frames, clips = (args.frames - 1) // 4 * 4 + 1, []
         for n in range(args.made_clips):
-            motion, prompt = made.choose(n, args.model == "toy")
+            motion, prompt = made.motion_and_prompt(n, args.model == "toy")
             scene = made.make_scene(motion, args.seed + n, size, frames)
             video = partial(made.render, scene, args.seed + n, size, frames)
             clips.append(Clip(f"{motion}-{args.seed + n}", args.seed + n, prompts or [prompt], video, scene))
@@ -289,7 +289,7 @@ def compute(rows, clips, args, model, **seams):
             entropy = metrics.read_entropy(dit, latents, noise, contexts[""], row.config)
             columns |= flow_columns(flow_ref, flow, entropy, noise.shape[2] // dit.patch_size[0], args)
             line = {"key": key, "row": name, "columns": columns, "code": code_hash(), "on": machine}
-            reused = row.velocity_interval > 1 and len(unguided) > 1
+            reused = row.velocity_interval > 1 and len(unguided) > 1 and not args.made_clips
             result = codec.decode(latents) if clip.scene or others or args.keep_videos or reused else None
             if reused:
                 whole = every_velocity(dit, *unguided, inputs[2], row, **seams)
@@ -393,9 +393,7 @@ def parse_arguments(argv):
     flags = parser.parse_args(argv)
     fastvmt.check_limits(vars(flags), clips=(1, 10**6), made_clips=(0, 10**6))
     if flags.mask or flags.preview:
-        raise fastvmt.UserError(
-            "--mask and --preview are for fastvmt.py; here losses=... of lab.table1.main changes a loss"
-        )
+        raise fastvmt.UserError("--mask and --preview are for fastvmt.py, one run at a time")
     cost.pick_gpu(flags.device)
     random_weights = flags.random_weights or flags.dry_run and flags.model != "toy"
     args, config, model = fastvmt.parse_arguments(argv, parser, random_weights=random_weights)
@@ -429,7 +427,7 @@ def main(argv=None, then=lambda results, rows, args: None, **seams):
         if old := sum(line["code"] != code_hash() for line in results):
             table += f"\n\n{old} results in {args.out} come from another version of the code; give another --out."
         places = dict.fromkeys(line["on"] for line in results if "on" in line)
-        table += f"\n\n{', '.join(places)}; `python -m lab.table1 {shlex.join(argv)}`"
+        table += "\n\n" + "; ".join([*places, f"`python -m lab.table1 {shlex.join(argv)}`"])
         (args.out / "table.md").write_text(table + "\n")
         print(table)
         if args.keep_videos:

@@ -2,6 +2,8 @@
 """Tests of --mask, --preview and of what a run tells of its progress."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from PIL import Image, ImageSequence
 import fastvmt
 import wan_min
 from fastvmt import MotionConfig, UserError
-from lab import extras, toy
+from lab import effect, extras, toy
+
+HERE = Path(fastvmt.__file__).parent
 
 DEMO = ["--model", "tiny", "--prompt", "a red fox", "--ref", "demo", "--size", "32x48", "--frames", "9",
         "--steps", "6", "--device", "cpu", "--guided-fraction", "0.3", "--inner-steps", "2"]  # fmt: skip
@@ -45,7 +49,9 @@ def left_half(rows=32, cols=48):
 def test_a_masks_picture_video_or_folder_is_read_like_the_reference():
     video, left = torch.zeros(1, 3, 9, 32, 48), torch.from_numpy(left_half()).float().expand(1, 9, -1, -1)
     save_picture("m.png", left_half(64, 96))  # covers the size
-    save_picture("m.jpg", left_half(64, 200), "RGB")  # what lies beyond is cut
+    wide = np.zeros((64, 200))
+    wide[:, :100] = wide[:, 190:] = 1
+    save_picture("m.jpg", wide, "RGB")  # what lies beyond is cut
     clear = Image.fromarray(np.full((32, 48, 4), 255, np.uint8))
     clear.putalpha(Image.fromarray((left_half() * 255).astype(np.uint8)))
     clear.save("clear.png")  # what is transparent does not count
@@ -58,18 +64,28 @@ def test_a_masks_picture_video_or_folder_is_read_like_the_reference():
         save_picture(f"moving/{n}.png", np.full((32, 48), n / 12))
     found = extras.read_mask("moving", video, 16.0, 2 / 16)[0, :, 5, 5]
     assert torch.allclose(found, torch.arange(2, 11) / 12, atol=3e-3)
+    Path("clear").mkdir()
+    for n in range(9):
+        clear.save(f"clear/{n}.png")
+    still = extras.read_mask("clear.png", video, 16.0, 0.0)
+    assert torch.equal(extras.read_mask("clear", video, 16.0, 0.0), still)
+    Image.open("m.png").save("m.gif")  # of one frame
+    assert (extras.read_mask("m.gif", video, 16.0, 1.0) - left)[..., [*range(22), *range(26, 48)]].abs().max() < 0.02
+    images = [Image.fromarray(np.full((32, 48), 20 * n, np.uint8)) for n in range(12)]
+    images[0].save("moving.gif", save_all=True, append_images=images[1:], duration=100)
+    found = 255 * extras.read_mask("moving.gif", video, 10.0, 0.0)[0, :, 5, 5]
+    assert torch.allclose(found, 20.0 * torch.arange(9), atol=4)
     fastvmt.write_video("m.mp4", 2 * left[:, None].expand(-1, 3, -1, -1, -1) - 1, 16.0)
     assert (extras.read_mask("m.mp4", video, 16.0, 0.0) - left).abs()[..., [*range(20), *range(28, 48)]].max() < 0.06
 
 
 @pytest.mark.parametrize("name, start, message", [
-    ("none.png", 0, "cannot read the reference none.png"), ("text.png", 0, "cannot read the mask text.png"),
-    ("black.png", 0, "black: no motion counts"), ("folder", 4 / 16, "the mask folder has 5 frames, the reference 9"),
-    ("folder", 2.0, "folder has 0 frames"),
+    ("none.png", 0, "cannot read none.png"), ("text.png", 0, "cannot read text.png"),
+    ("folder", 4 / 16, "the mask folder has 6 frames, the reference 9"),
+    ("folder", 2.0, "the mask folder has 0 frames"),
 ])  # fmt: skip
 def test_a_mask_that_says_nothing_is_refused(name, start, message):
     Path("text.png").write_text("no picture")
-    save_picture("black.png", np.zeros((32, 48)))
     for n in range(10):
         save_picture(f"folder/{n}.png", left_half())
     with pytest.raises(UserError, match=message):
@@ -105,9 +121,47 @@ def test_the_loss_sees_only_what_the_mask_shows():
     total, amf, window = loss(left)
     assert total.item() == pytest.approx((5 * amf + 3 * window).item())
     assert window == fastvmt.window_loss(key_mean, num_frames=num_frames, span=2)
+    last = torch.zeros(1, 9, 32, 48)
+    last[:, 5:] = 1  # the last latent frame is no anchor
+    for black in (last, torch.zeros(1, 9, 32, 48)):
+        with pytest.raises(UserError, match="black"):
+            loss(black)
     moving = torch.zeros(1, 9, 32, 48)  # white on the left in the first latent frame, on the right in the second
     moving[:, 0, :, :24], moving[:, 1:5, :, 24:] = 1, 1
     assert loss(moving)[1].item() == pytest.approx((1 + 4 + 0.8 * 1) / 3, abs=1e-5)  # anchors 0, 1, 0
+
+
+def test_masks_of_the_toy_are_its_sprite_and_all_but_it(monkeypatch):
+    """Which masks, and the table's means and paired differences: each result's errors are its place in the order."""
+    asked, results = [], []
+    args, config, _ = fastvmt.parse_arguments("--model toy --device cpu".split())
+    monkeypatch.setattr(extras, "mask_losses", lambda mask, reference: asked.append(mask) or len(asked))
+
+    def generate(args, config, dit, noise, contexts, reference, losses=None):
+        results.append((reference is not None, losses))
+        return noise
+
+    monkeypatch.setattr(fastvmt, "generate", generate)
+    monkeypatch.setattr(effect, "component_error", lambda *_: len(results) * 1.0)
+    title, *rows = effect.masks(None, args, config, 2, 78300)
+    assert results == [
+        (False, None),
+        (True, None),
+        (True, 1),
+        (True, 2),
+        (False, None),
+        (True, None),
+        (True, 3),
+        (True, 4),
+    ]
+    video, scene, _ = toy.held_out(78300, "pan", True)
+    assert asked[0].shape == (1, 9, 48, 66) and torch.equal(asked[0] + asked[1], torch.ones(1, 9, 48, 66))
+    row, col = (round(x + side / 2) for x, side in zip(scene["place"], (48, 66)))
+    assert asked[0][0, 4, row, col] > 0.9 or scene["shape"] == "ring"
+    # Of both clips 1, 2, 3, 4 and 5, 6, 7, 8: the differences to no mask are -1, 0, 1 and 2.
+    cells = [row.split(" | ")[1] for row in rows]
+    assert cells == [f"{mean}.00 ± 2.00 ({change:+}.00 ± 0.00)" for mean, change in ((3, -1), (4, 0), (5, 1), (6, 2))]
+    assert title.startswith("| 2 clips | background")
 
 
 # ---- Preview ---------------------------------------------------------------------------------------------------------
@@ -142,8 +196,9 @@ def test_a_preview_is_a_moving_picture_written_whole(capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    watch(-reference)  # the run goes on, with the one before
-    assert "no preview in out.preview.gif (No space left on device)" in capsys.readouterr().out
+    for _ in range(2):
+        watch(-reference)  # the run goes on, with the one before
+    assert capsys.readouterr().out == "no preview in out.preview.gif (No space left on device)\n"  # said once
     assert Path("out.preview.gif").read_bytes() == before and os.listdir() == ["out.preview.gif"]
 
 
@@ -162,9 +217,14 @@ def test_mask_and_preview_from_the_command_line(capsys, monkeypatch):
     # After both guided steps and every fifth: 1, 2 and 5 of 6; 5 and 10 of 11.
     assert written == ["out.preview.gif"] * 5 and Image.open("out.preview.gif").n_frames == 3
     capsys.readouterr()
-    assert fastvmt.main([*DEMO, "--mask", "black.png"]) == 2
-    out, err = capsys.readouterr()
-    assert "black.png" in err and len(err.splitlines()) == 1 and "encoding" not in out  # before expensive work
+    for flags, message in ((["--mask", "none.png"], "cannot read none.png"),
+                           (["--mask", "m.png", "--no-transfer"], "exclude each other")):  # fmt: skip
+        command = [sys.executable, HERE / "fastvmt.py", *DEMO, *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stdout == ""  # before expensive work
+    args, _, _ = fastvmt.parse_arguments([*DEMO, "--mask", "m.png"])
+    assert args.mask == Path("m.png")  # so the mp4's comment has its name alone, like the output's
 
 
 def test_the_clean_estimate_is_that_of_the_velocity():
@@ -200,14 +260,14 @@ def test_progress_counts_what_steps_cost(capsys, monkeypatch, cfg_scale, coarse,
         def __exit__(self, *error):
             pass
 
-        def set_postfix(self, shown):
+        def set_postfix(self, shown, refresh):
             self.shown = shown
 
         def update(self, more):
             self.n += more
             places.append((self.n, self.shown["step"], "loss" in self.shown))
 
-    flags = f"--block 2 --inner-steps 4 --interval 2 --velocity-interval 2 --cfg-scale {cfg_scale} --coarse {coarse}"
+    flags = f"--block 2 --inner-steps 4 --interval 2 --velocity-interval 3 --cfg-scale {cfg_scale} --coarse {coarse}"
     args, config, model = fastvmt.parse_arguments([*DEMO, *flags.split()])
     dit, calls, passed = model.load_dit(), [], []
     dit.register_forward_hook(lambda *_: calls.append(1))
@@ -220,11 +280,11 @@ def test_progress_counts_what_steps_cost(capsys, monkeypatch, cfg_scale, coarse,
     total, *seen = places
     one = 2 if cfg_scale > 1 else 1
     guided = [2 * 1.5 * (1 / 7 if coarse else 1), 2 * 1.5] if transfer else [0, 0]
-    costs = [one + guided[0], one + guided[1], one, 0, one, 0]
+    costs = [one + guided[0], one + guided[1], one, 0, 0, one]
     assert total == pytest.approx(sum(costs))
     assert [n for n, *_ in seen] == pytest.approx([sum(costs[: n + 1]) for n in range(6)])
     assert [step for _, step, _ in seen] == [f"{n}/6" for n in range(1, 7)]
     assert [loss for *_, loss in seen] == [transfer] * 2 + [False] * 4
     out = capsys.readouterr().out
-    assert f"6 steps, {4 * one} velocities" in out and len(calls) == 4 * one
-    assert ("; 1 to 2 guided, σ 1.000 to 0.972, 4 gradients" in out) == transfer and passed.count(True) == 4 * transfer
+    assert f"6 steps, {4 * one} passes" in out and len(calls) == 4 * one
+    assert ("; 1 to 2 guided, σ 1.000 to 0.972, gradients: 4" in out) == transfer and passed.count(True) == 4 * transfer

@@ -433,7 +433,8 @@ def test_rows_reach_the_sampler(tmp_path, capsys, monkeypatch):
     )
     assert seen[-1][2]["losses"] is losses
     for row, word in (("taus=1", "taus"), ("frames=5", "frames"), ("block=9", "block must"), ("seed=1", "seed"),
-                      ("tau=x", "tau"), ("compile", "compile")):  # fmt: skip
+                      ("tau=x", "tau"), ("compile", "compile"), ("preview", "--mask and --preview are"),
+                      ("mask=m.png", "--mask and --preview are")):  # fmt: skip
         code, out, err = run_table(capsys, *TABLE, "--out", tmp_path, "--rows", row)
         assert code == 2 and word in err and err.count("\n") == 1 and "goes on" not in err, err
 
@@ -637,6 +638,9 @@ def test_made_clips_are_measured_as_the_toys():
         other = scene | {"camera": tuple(a + b for a, b in zip(scene["camera"], off))}
         found = made.error_columns(video, other)["motion error, px a frame"]
         assert found == pytest.approx(toy.motion_error(video, other), abs=0.02), off
+    made.make_scene("moves-up", 0, (480, 832), 9)
+    with pytest.raises(fastvmt.UserError, match="--frames 9"):  # it would move too fast
+        made.make_scene("moves-up", 0, (480, 832), 8)
 
 
 def test_gifs_of_made_clips_keep_to_their_limit(tmp_path, monkeypatch):
@@ -712,7 +716,8 @@ def test_columns_of_made_clips_are_of_the_results(tmp_path, capsys, monkeypatch)
     measured = []
     monkeypatch.setattr(made, "error_columns", lambda video, scene: measured.append((video, scene)) or dict.fromkeys(
         ("motion error, px a frame", "motion error, %"), float(len(measured))))  # fmt: skip
-    args = "--model toy --device cpu --steps 1 --inner-steps 1 --made-clips 1 --out".split()
+    monkeypatch.setattr(table1, "every_velocity", None)  # would cost as many passes as are left out
+    args = "--model toy --device cpu --steps 3 --velocity-interval 2 --inner-steps 1 --made-clips 1 --out".split()
     assert run_table(capsys, *args, tmp_path)[0] == 0
     for (video, scene), line in zip(measured, table1.read_results(tmp_path)):
         assert scene == made.make_scene("moves-right", 0, toy.SIZE, 9)
@@ -921,7 +926,7 @@ def test_changes_run_and_change_the_result():
         torch.manual_seed(0)
         results.append(fastvmt.sample(dit, randn(1, 16, 5, 8, 14, seed=1), wan_min.flow_sigmas(2), context, negative,
                                       reference=reference, null=null, config=config, **change))  # fmt: skip
-    assert len(results) == 9 and all(x.isfinite().all() for x in results)
+    assert len(results) == 8 and all(x.isfinite().all() for x in results)
     assert all((a - b).abs().max() > 1e-4 for a, b in itertools.combinations(results, 2))
 
 
@@ -935,7 +940,6 @@ def test_changes_do_what_they_say():
     inside, outside = flow_gen.clone(), flow_gen.clone()
     inside[:, 2:, 3:] += 1
     outside[:, :2] += 1
-    assert loss(changes.masked, outside) == loss(changes.masked, flow_gen) != loss(changes.masked, inside)
     assert loss(changes.directions, 3 * flow_ref) == pytest.approx(0, abs=1e-6)
     assert loss(changes.directions, -flow_ref) == pytest.approx(2)
     moving = torch.zeros(5, 6, 8, 2)

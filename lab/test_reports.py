@@ -254,7 +254,7 @@ def test_interrupts_end_in_one_line():
     after_error = (
         "true = print\nbuiltins.print = lambda *a, file=None, **k: (true(*a, file=file, **k), file and stop())"
     )
-    told = "fastvmt: cannot read the reference no.mp4 (not a file or a folder)"
+    told = "fastvmt: cannot read no.mp4 (not a file or a folder)"
     for module, moment, code, line in (
         ("torch", "stop(), stop()", 130, "fastvmt: interrupted"),
         ("sitecustomize", "atexit.register(stop)", 2, told),
