@@ -178,7 +178,7 @@ def test_what_is_missing_is_told_before_a_model_is_looked_for(capsys, monkeypatc
 
 def test_of_two_runs_into_one_name_the_second_is_told_at_once(capsys, monkeypatch):
     first = program(*DEMO, "--steps", 10_000)
-    assert any("guiding" in line for line in first.stdout)
+    assert any("guided" in line for line in first.stdout)
     Path("out.latents.safetensors").touch()  # as if it had reached that point
     before = sorted(os.listdir())
     with monkeypatch.context() as patch:
@@ -265,7 +265,7 @@ def test_interrupts_end_in_one_line():
         Path("first", f"{module}.py").write_text(interrupt + moment)
         assert ended(program(*DEMO, "--ref", "no.mp4", PYTHONPATH="first")) == (code, [line]), moment
     process = program(*DEMO, "--steps", 10_000)
-    assert any("guiding" in line for line in process.stdout)
+    assert any("guided" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
     assert ended(process) == (130, ["fastvmt: interrupted"])
     assert os.listdir() == ["first"]
