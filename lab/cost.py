@@ -10,7 +10,7 @@ import time
 import weakref
 from collections import Counter
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -186,15 +186,30 @@ def latent_shape(args, model):
     return (1, 3, 4 * frames - 3, height, width), (1, 16, frames, height // 8, width // 8)
 
 
+@cache
+@torch.no_grad()
+def count_codec(name, video_shape, shape):
+    """FLOPs and peak bytes of the VAE's part of a run, as count returns them."""
+    flops, peaks = {}, {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = wan_min.VAE(**wan_min.ARCHITECTURES[name][1])
+        for phase, convert, size in (("encode", vae.encode, video_shape), ("decode", vae.decode, shape)):
+            x = torch.empty(size)
+            with Cost([*vae.parameters(), x]) as cost:
+                convert(x)
+            flops[phase], peaks[phase] = [cost.flops], [cost.peak]
+    return flops, peaks
+
+
 @torch.no_grad()
 def count(args, model):
     """{phase: [FLOPs]}, and {phase: [peak bytes with all stored, with recomputation, with --offload]}."""
     if args.model not in wan_min.ARCHITECTURES:
         raise fastvmt.UserError(f"--dry-run and --bench know {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
-    arguments, vae_arguments, *_ = wan_min.ARCHITECTURES[args.model]
+    arguments = wan_min.ARCHITECTURES[args.model][0]
     config, dtype = args.config, torch.float32 if args.dtype == "fp32" else torch.bfloat16
     video_shape, shape = latent_shape(args, model)
-    flops, peaks = {}, {}
+    flops, peaks = map(dict, count_codec(args.model, video_shape, shape))
 
     def record(name, phase, held):
         with Cost(held) as cost:
@@ -202,10 +217,6 @@ def count(args, model):
         flops.setdefault(name, []).append(cost.flops)
         peaks.setdefault(name, []).append(cost.peak)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        vae, video, latents = wan_min.VAE(**vae_arguments), torch.empty(video_shape), torch.empty(shape)
-        record("encode", lambda: vae.encode(video), [*vae.parameters(), video])
-        record("decode", lambda: vae.decode(latents), [*vae.parameters(), latents])
     for checkpoint, offload in ((False, False), (True, False), ("full", True)):  # as fastvmt.generate does
         with torch.device("meta"):
             dit = wan_min.cast(wan_min.DiT(**arguments), dtype).requires_grad_(False)
@@ -246,15 +257,16 @@ def dry_run(args, model, rows):
         tera, giga = [f"{x / 1e12:.4g}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
         tera, giga = tera + tera[:1] * (3 - len(tera)), giga + giga[:1] * (3 - len(giga))
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
-    yield "\n| a guided step, all stored | TFLOP | GiB |"
-    yield "|---|--:|--:|"
+    yield "\n| a guided step | TFLOP | GiB, all stored | recomputing | and --offload |"
+    yield "|---" + "|--:" * 4 + "|"
     for name, row in rows.items():
         (flops, peaks), counts = count_once(row), run_counts(row)
         guided = [phase for phase in GUIDANCE if counts.get(phase)]
         if guided:
             tera = sum(counts[phase] * flops[phase][0] for phase in guided) / 1e12
-            giga = max(peaks[phase][0] for phase in guided) / 2**30
-            yield f"| {name} | {tera / fastvmt.guided_steps(row.steps, row.config):.4g} | {giga:.3g} |"
+            giga = [f"{max(modes) / 2**30:.1f}" for modes in zip(*(peaks[phase] for phase in guided))]
+            steps = fastvmt.guided_steps(row.steps, row.config)
+            yield f"| {name} | {tera / steps:.4g} | {' | '.join(giga)} |"
     # Whole passes: what guidance costs that reads Q and K with a hook and lets the DiT run to its end. The authors'
     # release stops after 20 blocks; a gradient recomputes those it needs, and in each the self-attention once more.
     # Neither reads coarsely: such passes are counted as they are here. A rival's own release is another matter.

@@ -24,6 +24,7 @@ import fastvmt
 import wan_min
 
 ONCE = {"use_reentrant": False, "preserve_rng_state": False}
+MOST_LOGITS = 2**22  # held at once
 
 
 def times(x, sigma):
@@ -59,7 +60,7 @@ def ditflow_features(dit, x, sigma, context, config, **options):
     flow = best_flow if is_reference() else partial(fastvmt.frame_flow, tau=config.tau / q.shape[2] ** 0.5)
     frame = torch.arange(frames, device=x.device)
     anchors, targets = torch.cartesian_prod(frame, frame).unbind(1)
-    chunk = max(1, 2**22 // Q[0, ..., 0].numel() ** 2)  # pairs, each with a logit for two tokens
+    chunk = max(1, MOST_LOGITS // Q[0, ..., 0].numel() ** 2)  # pairs, each with a logit for two tokens
     pairs = zip(anchors.split(chunk), targets.split(chunk))
     return torch.cat([recompute(flow, Q, K, i, j, **ONCE) for i, j in pairs])
 
