@@ -4,10 +4,10 @@
 python -m lab.table1 --model toy --rows rivals --clips 24    # how well each transfers motion that is known
 python -m lab.table1 --model 1.3B --rows rivals --dry-run    # what each costs
 
-Each follows its paper and was read against its released code, of which none is here. In all, this differs from theirs:
-model, noise, schedule, CFG scale and block are the run's; AdamW takes the place of Adam, whose missing weight decay
-would change the latents by 1 % at most; a learning rate that falls does so in each guided step, not from one to the
-next; `coarse` is ignored. Shapes: F latent frames, H×W tokens a frame, C channels.
+Written from the papers and checked against their released code. In all of them this differs: model, noise, schedule,
+CFG scale and block are the run's; AdamW is used for Adam, and its weight decay takes 1 % of the latents at most; a
+learning rate that falls does so within each guided step, not over the steps. They ignore --coarse.
+Shapes: F latent frames, H×W tokens a frame, C channels.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,14 @@ def times(x, sigma):
     return torch.full((1,), 1000 * sigma, device=x.device)
 
 
+def by_place(tokens, dit, x):
+    """Tokens (F·H·W, C) of latents x -> (F, H, W, C)."""
+    frames, rows, _ = (length // patch for length, patch in zip(x.shape[2:], dit.patch_size))
+    return rearrange(tokens, "(f h w) c -> f h w c", f=frames, h=rows)
+
+
 def is_reference():
-    """Whether what is read is the reference: the sampler wants no gradient of that."""
+    """Whether what is read is the reference, of which the sampler wants no gradient."""
     return not torch.is_grad_enabled()
 
 
@@ -50,15 +56,14 @@ def best_flow(Q, K, anchors, targets):
 def ditflow_features(dit, x, sigma, context, config, **options):
     """Flow (F², H, W, 2) between all frames, both ways, by attention over whole frames; the reference's by arg max.
 
-    DiTFlow (Pondaven et al. 2025, arXiv 2412.07776; github ditflow/ditflow). The release also injects the reference's
-    keys and values into its first block, which is left out here.
+    DiTFlow (Pondaven et al. 2025, arXiv 2412.07776; github ditflow/ditflow). The release also hands the reference's
+    keys and values to its first block.
     """
     q, k = dit.qk(x, times(x, sigma), context, config.block, **options)  # (1, F·H·W, heads, D)
-    frames, rows, _ = (length // patch for length, patch in zip(x.shape[2:], dit.patch_size))
-    # Side by side, the heads' logits add up; /√heads more than frame_flow divides by, they average.
-    Q, K = (rearrange(y[0].float(), "(f h w) n d -> f h w (n d)", f=frames, h=rows) for y in (q, k))
+    Q, K = (by_place(y[0].flatten(1).float(), dit, x) for y in (q, k))  # (F, H, W, heads·D)
+    # Heads side by side have the sum of their logits over √(heads·D); the release's is their mean, over √D.
     flow = best_flow if is_reference() else partial(fastvmt.frame_flow, tau=config.tau / q.shape[2] ** 0.5)
-    frame = torch.arange(frames, device=x.device)
+    frame = torch.arange(len(Q), device=x.device)
     anchors, targets = torch.cartesian_prod(frame, frame).unbind(1)
     chunk = max(1, MOST_LOGITS // Q[0, ..., 0].numel() ** 2)  # pairs, each with a logit for two tokens
     pairs = zip(anchors.split(chunk), targets.split(chunk))
@@ -78,9 +83,9 @@ def ditflow_losses(reference, generated, *, num_frames, config):
 def flow_motion(args):
     """Features: the clean latents x − σ·v (1, C, F, h, w) that show through x; no gradient goes through the model.
 
-    FlowMotion (Wang et al. 2026, arXiv 2603.06289; github HKUST-LongGroup/FlowMotion, run.py). Of the result's velocity
-    only a tenth is kept of what, in a latent's channels, points off the mean velocity since the run began. The release
-    noises the reference afresh in each step. With ref_noise=0 the reference's are its own latents: its second variant.
+    FlowMotion (Wang et al. 2026, arXiv 2603.06289; github HKUST-LongGroup/FlowMotion). Of the result's velocity only a
+    tenth is kept of what points, in a latent's channels, off the mean velocity since the run began. The release draws
+    new noise for the reference in each step. ref_noise=0 is its variant with clean latents.
     """
     empty = first = start = None  # a prompt; (σ, latents) where the run and where the guided step began
 
@@ -111,7 +116,7 @@ def flow_motion(args):
 def flow_motion_losses(reference, generated, *, num_frames, config):
     """20·MSE of the clean latents + 5·MSE of the absolute differences of their frames.
 
-    Differences of all ordered pairs of frames and, as in the release, once more of those of neighbours.
+    As in the release of all ordered pairs of frames, and of neighbours once more.
     """
     frames = generated.shape[2]
     total = generated.new_zeros(())
@@ -134,24 +139,20 @@ def block_tokens(dit, x, sigma, context, block, checkpoint=False):
     tokens, _, shared = dit.embed(x, times(x, sigma), context)
     for layer in dit.blocks[:block]:
         tokens = recompute(layer, tokens, *shared, **options) if checkpoint else layer(tokens, *shared)
-    frames, rows, _ = (length // patch for length, patch in zip(x.shape[2:], dit.patch_size))
-    return rearrange(tokens[0], "(f h w) c -> f h w c", f=frames, h=rows)
+    return by_place(tokens[0], dit, x)
 
 
 def smm_features(dit, x, sigma, context, config, **options):
     """Spatial marginal means (F, C): the mean token of each frame.
 
-    Space-time features (Yatim et al. 2024, arXiv 2311.17009; github diffusion-motion-transfer). There of a U-Net, of
-    an inverted reference, from its own low frequencies on and with restarts, all of which are left out here.
+    SMM (Yatim et al. 2024, arXiv 2311.17009; github diffusion-motion-transfer). The release reads a U-Net and an
+    inverted reference, starts from that one's low frequencies, and goes back a step after each.
     """
     return block_tokens(dit, x, sigma, context, config.block, **options).mean((1, 2))
 
 
 def smm_losses(reference, generated, *, num_frames, config):
-    """1 − cosine of the means' differences between any two frames.
-
-    The release also counts each frame with itself, a constant.
-    """
+    """1 − cosine of the means' differences between any two frames; the release adds each with itself, a constant."""
     i, j = fastvmt.frame_pairs(num_frames, num_frames, generated.device)
     return (1 - F.cosine_similarity(generated[j] - generated[i], reference[j] - reference[i], dim=-1).mean(),)
 
@@ -160,7 +161,7 @@ def moft_features(dit, x, sigma, context, config, **options):
     """Tokens (F, H, W, C) less their mean over frames, of the reference the 4 % of channels that tell its motion.
 
     MOFT (Xiao et al. 2024, arXiv 2405.14864; github xizaoqu/MOFT) as DiTFlow's release has it: those largest in the
-    first principal component of the reference. Its own release takes them of made-up pans, and compares regions' means.
+    reference's first principal component. Its own release takes them from made-up pans, and compares means of regions.
     """
     tokens = block_tokens(dit, x, sigma, context, config.block, **options)
     tokens = tokens - tokens.mean(0)
@@ -184,34 +185,32 @@ def moft_losses(reference, generated, *, num_frames, config):
 class Rival(NamedTuple):
     make: Callable  # arguments of a run -> features for it
     losses: Callable
-    settings: str  # changes to the settings of the command line
+    settings: str  # changes of flags
     paper: str  # more of them, its paper's
-    toy: str  # in place of these, for the toy
+    toy: str  # in place of these, the toy's
 
 
+DITFLOW = "guided_fraction=0.2, lr=0.002 0.001"  # DiTFlow's, who ran MOFT with them, too
+FLOW_MOTION = "guided_fraction=0.2, lr=0.003 0.003"
 RIVALS = {
-    "DiTFlow": Rival(lambda args: ditflow_features, ditflow_losses, "interval=1, ref_noise=0, inner_steps=5, tau=2",
-                     "guided_fraction=0.2, lr=0.002 0.001", ""),
-    "FlowMotion": Rival(flow_motion, flow_motion_losses, "interval=1, ref_noise=match, inner_steps=3",
-                        "guided_fraction=0.2, lr=0.003 0.003", ""),
-    "FlowMotion, clean latents": Rival(flow_motion, flow_motion_losses, "interval=1, ref_noise=0, inner_steps=3",
-                                       "guided_fraction=0.2, lr=0.003 0.003", ""),
-    "SMM": Rival(lambda args: smm_features, smm_losses, "interval=1, ref_noise=match, inner_steps=10",
+    "DiTFlow": Rival(lambda args: ditflow_features, ditflow_losses, "ref_noise=0, inner_steps=5, tau=2", DITFLOW, ""),
+    "FlowMotion": Rival(flow_motion, flow_motion_losses, "ref_noise=match, inner_steps=3", FLOW_MOTION, ""),
+    "FlowMotion, clean latents": Rival(flow_motion, flow_motion_losses, "ref_noise=0, inner_steps=3", FLOW_MOTION, ""),
+    "SMM": Rival(lambda args: smm_features, smm_losses, "ref_noise=match, inner_steps=10",
                  "guided_fraction=0.4, lr=0.007 0.004", ""),
-    "MOFT": Rival(lambda args: moft_features, moft_losses, "interval=1, ref_noise=0, inner_steps=5",
-                  "guided_fraction=0.2, lr=0.002 0.001", ""),
+    "MOFT": Rival(lambda args: moft_features, moft_losses, "ref_noise=0, inner_steps=5", DITFLOW, ""),
 }  # fmt: skip
 
 
 def row_changes(name, model):
-    """A rival's changes to the settings of the command line."""
+    """A rival's changes of flags."""
     rival = RIVALS[name]
-    return ", ".join(filter(None, ["coarse=0", rival.settings, rival.toy if model == "toy" else rival.paper]))
+    return ", ".join(["coarse=0, interval=1", rival.settings, rival.toy if model == "toy" else rival.paper])
 
 
 def seams(row):
-    """features and losses for one run of a row, {} of no rival's; FlowMotion's remember the run."""
-    if not getattr(row, "rival", None):
+    """features and losses for one run of a row, whose latents FlowMotion's remember; {} of a row that is no rival's."""
+    if not hasattr(row, "rival"):
         return {}
     rival = RIVALS[row.rival]
     return {"features": rival.make(row), "losses": rival.losses}
