@@ -2,6 +2,7 @@
 """The method's rivals in its own sampler: other training-free guidance, as features and losses of fastvmt.sample.
 
 python -m lab.table1 --model toy --rows rivals --clips 24    # how well each transfers motion that is known
+python -m lab.table1 --model toy --rows "SMM: block=4, lr=0.01 0.008"
 python -m lab.table1 --model 1.3B --rows rivals --dry-run    # what each costs
 
 Written from the papers and checked against their released code. In all of them this differs: model, noise, schedule,
@@ -91,7 +92,7 @@ def flow_motion(args):
 
     def features(dit, x, sigma, context, config, **options):
         nonlocal empty, first, start
-        velocity = partial(dit.forward, x.detach(), times(x, sigma))  # a call would be timed as one of denoising
+        velocity = partial(dit.forward, x, times(x, sigma))  # a call would be timed as one of denoising
         if is_reference():
             empty = context
             return x - sigma * velocity(context)
@@ -202,10 +203,10 @@ RIVALS = {
 }  # fmt: skip
 
 
-def row_changes(name, model):
+def row_changes(name, model, more=""):
     """A rival's changes of flags."""
     rival = RIVALS[name]
-    return ", ".join(["coarse=0, interval=1", rival.settings, rival.toy if model == "toy" else rival.paper])
+    return ", ".join(["coarse=0, interval=1", rival.settings, rival.toy if model == "toy" else rival.paper, more])
 
 
 def seams(row):

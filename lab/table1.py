@@ -81,13 +81,15 @@ def row_flags(changes):
 def make_rows(argv, args, blocks):
     """{name: arguments} of the rows that are asked for, the full method first, none twice."""
     block_rows = {f"block {n}": f"block={n}" for n in range(1, blocks + 1)}
-    known = ROWS | PAPER_ROWS | block_rows | {name: rivals.row_changes(name, args.model) for name in rivals.RIVALS}
-    sets, rows, hashes = ROW_SETS | {"blocks": block_rows}, {}, set()
+    known, sets, rows, hashes = ROWS | PAPER_ROWS | block_rows, ROW_SETS | {"blocks": block_rows}, {}, set()
     wanted = args.rows or ["made" if args.made_clips else "toy" if args.model == "toy" else "all"]
     for name in ["full method", *(name for row in wanted for name in sets.get(row, [row]))]:
-        row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
-        if name in rivals.RIVALS:
-            row.rival = name
+        rival, _, changes = name.partition(": ")
+        known_rival = rival in rivals.RIVALS
+        changes = rivals.row_changes(rival, args.model, changes) if known_rival else known.get(name, name)
+        row, _ = parse_arguments([*argv, *row_flags(changes)])
+        if known_rival:
+            row.rival = rival
         changed = [key for key in SHARED | OTHERS - {"config"} if vars(row)[key] != vars(args)[key]]
         if changed:
             raise fastvmt.UserError(f"row {name!r}: all rows share one {changed[0]}")
@@ -381,7 +383,7 @@ def parse_arguments(argv):
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
         "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README), 'rivals' (of "
-        "lab/rivals.py)")  # fmt: skip
+        "lab/rivals.py), 'SMM: lr=0.01 0.01' (one of these, changed)")  # fmt: skip
     add("--keep-videos", action="store_true", help="write references and results to OUT, and a GIF of all rows side by "
         "side")  # fmt: skip
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
