@@ -199,6 +199,11 @@ def test_the_reference_itself_has_no_loss_and_a_guided_step_lowers_it(dit, name)
     assert after < history[-1, 0] < history[0, 0] and 0 < (moved - x).abs().max() < 0.1
 
 
+def test_tokens_of_other_models_cannot_be_read():
+    with pytest.raises(fastvmt.UserError, match="the toy only"):
+        rivals.smm_features(object(), randn(*SHAPE), 0.5, contexts(0), CONFIG)
+
+
 def rows_of(*argv, rows="rivals"):
     argv = [*argv, "--device", "cpu", "--rows", rows]
     args, model = table1.parse_arguments(argv)
