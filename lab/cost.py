@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 import fastvmt
 import wan_min
-from lab import changes
+from lab import changes, rivals
 
 GUIDANCE = ("coarse reference pass", "coarse gradient", "reference pass", "gradient")
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # bf16
@@ -144,26 +144,28 @@ class Inline:
         return SimpleNamespace(result=lambda: result)
 
 
-def dit_phases(dit, noise, context, config, checkpoint):
+def dit_phases(dit, noise, context, config, checkpoint, features=fastvmt.motion_features, losses=fastvmt.motion_losses):
     """{name: function without arguments} of the DiT's part of a run, each once; of coarse reading if there is any."""
     grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
     small, _ = fastvmt.pool_latents(noise, 0.9, dit.patch_size)
-    features = partial(fastvmt.motion_features, dit, sigma=0.9, context=context, config=config)
-    reading, t = (torch.zeros(2, device=noise.device), None), torch.full((1,), 900.0, device=noise.device)
+    features = partial(features, dit, sigma=0.9, context=context, config=config)
+    own, t = losses is fastvmt.motion_losses, torch.full((1,), 900.0, device=noise.device)
+    reading = (torch.zeros(2, device=noise.device), None) if own else features(noise)
     QK = torch.randn(2, *grid, dit.head.head.in_features // dit.num_heads, device=noise.device)
 
     def gradient(x, read):
         def objective(x):
-            return fastvmt.motion_losses(reading, read(x), num_frames=grid[0], config=config)[0]
+            return losses(reading, read(x), num_frames=grid[0], config=config)[0]
 
         return fastvmt.optimize_latent(x, objective, steps=1)
 
     read = partial(features, checkpoint=checkpoint)
     coarse = {"coarse reference pass": lambda: features(small), "coarse gradient": lambda: gradient(small, read)}
+    flow = {"of it AMF, losses, optimizer": lambda: gradient(QK, lambda x: changes.read_flow(*x, config))}
     return (coarse if config.coarse else {}) | {
         "reference pass": lambda: features(noise),
         "gradient": lambda: gradient(noise, read),
-        "of it AMF, losses, optimizer": lambda: gradient(QK, lambda x: changes.read_flow(*x, config)),
+        **(flow if own else {}),
         "velocity": lambda: dit(noise, t, context),
     }
 
@@ -194,15 +196,30 @@ def latent_shape(args, model):
     return (1, 3, 4 * frames - 3, height, width), (1, 16, frames, height // 8, width // 8)
 
 
+@cache
+@torch.no_grad()
+def count_codec(name, video_shape, shape):
+    """FLOPs and peak bytes of the VAE's part of a run, as count returns them."""
+    flops, peaks = {}, {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = wan_min.VAE(**wan_min.ARCHITECTURES[name][1])
+        for phase, convert, size in (("encode", vae.encode, video_shape), ("decode", vae.decode, shape)):
+            x = torch.empty(size)
+            with Cost([*vae.parameters(), x]) as cost:
+                convert(x)
+            flops[phase], peaks[phase] = [cost.flops], [cost.peak]
+    return flops, peaks
+
+
 @torch.no_grad()
 def count(args, model):
     """{phase: [FLOPs]}, and {phase: [peak bytes with all stored, with recomputation, with --offload]}."""
     if args.model not in wan_min.ARCHITECTURES:
         raise fastvmt.UserError(f"--dry-run and --bench know {', '.join(wan_min.ARCHITECTURES)}, not {args.model}")
-    arguments, vae_arguments, *_ = wan_min.ARCHITECTURES[args.model]
+    arguments = wan_min.ARCHITECTURES[args.model][0]
     config, dtype = args.config, torch.float32 if args.dtype == "fp32" else torch.bfloat16
     video_shape, shape = latent_shape(args, model)
-    flops, peaks = {}, {}
+    flops, peaks = map(dict, count_codec(args.model, video_shape, shape))
 
     def record(name, phase, held):
         with Cost(held) as cost:
@@ -210,10 +227,6 @@ def count(args, model):
         flops.setdefault(name, []).append(cost.flops)
         peaks.setdefault(name, []).append(cost.peak)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        vae, video, latents = wan_min.VAE(**vae_arguments), torch.empty(video_shape), torch.empty(shape)
-        record("encode", lambda: vae.encode(video), [*vae.parameters(), video])
-        record("decode", lambda: vae.decode(latents), [*vae.parameters(), latents])
     for checkpoint, offload in ((False, False), (True, False), ("full", True)):  # as fastvmt.generate does
         with torch.device("meta"):
             dit = wan_min.cast(wan_min.DiT(**arguments), dtype).requires_grad_(False)
@@ -221,7 +234,8 @@ def count(args, model):
             with Cost(), patch.object(wan_min, "ThreadPoolExecutor", Inline):
                 dit = wan_min.offload_blocks(dit, "cpu") if offload else dit.to("cpu")
             noise, context = torch.empty(shape), torch.empty(1, wan_min.TEXT_LENGTH, dit.text_embedding[0].in_features)
-            for name, phase in dit_phases(dit, noise, context, config, checkpoint).items():
+            seams = rivals.seams(args)
+            for name, phase in dit_phases(dit, noise, context, config, checkpoint, **seams).items():
                 record(name, phase, [*dit.parameters(), noise, context])
             if not checkpoint:  # what the release computes more than once
                 block, (tokens, _, shared) = dit.blocks[0], dit.embed(noise, torch.ones(1), context)
@@ -241,6 +255,7 @@ def dry_run(args, model, rows):
     def count_once(row):
         config = row.config  # what of it decides a pass's FLOPs
         reading = config.block, config.span, config.tile, config.window, config.coarse > 0
+        reading += getattr(row, "rival", None), row.cfg_scale == 1
         counted[reading] = counted.get(reading) or count(row, model)
         return counted[reading]
 
@@ -252,9 +267,19 @@ def dry_run(args, model, rows):
         tera, giga = [f"{x / 1e12:.4g}" for x in flops[name]], [f"{x / 2**30:.1f}" for x in peaks[name]]
         tera, giga = tera + tera[:1] * (3 - len(tera)), giga + giga[:1] * (3 - len(giga))
         yield f"| {name} | {times} | {tera[0]} | {tera[1]} | {' | '.join(giga)} |"
+    yield "\n| a guided step | TFLOP | GiB, all stored | recomputing | and --offload |"
+    yield "|---" + "|--:" * 4 + "|"
+    for name, row in rows.items():
+        (flops, peaks), counts = count_once(row), run_counts(row)
+        guided = [phase for phase in GUIDANCE if counts.get(phase)]
+        if guided:
+            tera = sum(counts[phase] * flops[phase][0] for phase in guided) / 1e12
+            giga = [f"{max(modes) / 2**30:.1f}" for modes in zip(*(peaks[phase] for phase in guided))]
+            steps = fastvmt.guided_steps(row.steps, row.config)
+            yield f"| {name} | {tera / steps:.4g} | {' | '.join(giga)} |"
     # Whole passes: what guidance costs that reads Q and K with a hook and lets the DiT run to its end. The authors'
     # release stops after 20 blocks; a gradient recomputes those it needs, and in each the self-attention once more.
-    # Neither reads coarsely: such passes are counted as they are here.
+    # Neither reads coarsely: such passes are counted as they are here. A rival's own release is another matter.
     yield "\n| run, PFLOP | guidance | denoising | all | share | whole passes | their share | release | its share |"
     yield "|---" + "|--:" * 8 + "|"
     first = None
@@ -263,14 +288,15 @@ def dry_run(args, model, rows):
         rest = flops["velocity"][0] - flops["reference pass"][0]
         beyond = max(model.blocks - 20, 0) * flops["block"][0]
         again = row.config.block * (flops["block"][0] + flops["self-attention"][0])
-        cost = {phase: counts[phase] * flops[phase][0] / 1e15 for phase in counts}
+        cost = {phase: counts[phase] * flops[phase][0] / 1e15 for phase in counts if phase in flops}
         guidance, denoising = sum(cost.get(phase, 0) for phase in GUIDANCE), cost["velocity"]
         whole = guidance + denoising + cost["encode"] + cost["decode"]
         passes = counts["reference pass"] + counts["gradient"]
         hooked = whole + passes * rest / 1e15
         release = hooked + (counts["gradient"] * again - passes * beyond) / 1e15
         first = first or whole
-        numbers = guidance, denoising, *(x for total in (whole, hooked, release) for x in (total, total / first))
+        totals = (whole, hooked) if hasattr(row, "rival") else (whole, hooked, release)
+        numbers = guidance, denoising, *(x for total in totals for x in (total, total / first))
         yield f"| {name} | {' | '.join(f'{x:.3g}' for x in numbers)} |"
 
 

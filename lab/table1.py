@@ -32,7 +32,7 @@ import torch
 
 import fastvmt
 import wan_min
-from lab import cost, effect, made, metrics, toy
+from lab import cost, effect, made, metrics, rivals, toy
 
 ROWS = {  # name -> changes to the settings of the command line
     "full method": "",
@@ -60,7 +60,8 @@ ABLATION = (  # of the toy, the README's
     "inner_steps=10, interval=10", "lr=0.003 0.002, interval=20", "guided_fraction=0.2, interval=20",
 )  # fmt: skip
 ROW_SETS = {"all": ROWS, "toy": ("w/o spatial window", "w/o window loss", "w/o step-skip", "no transfer"),
-            "made": ("no transfer",), "ablation": ABLATION}  # fmt: skip
+            "made": ("no transfer",), "ablation": ABLATION,
+            "rivals": ("w/o spatial window", "coarse=1", *rivals.RIVALS, "no transfer")}  # fmt: skip
 TOY_CAMERAS = ("pan", "pan", "zoom", "pan", "pan", "rotation", "pan", "still")
 # Not in the hash of a row's settings: they change no result, or stand beside it in the result's key.
 OTHERS = {"ref", "refs", "prompt", "prompts", "seed", "out", "decode", "rows", "clips", "made_clips",
@@ -85,7 +86,12 @@ def make_rows(argv, args, blocks):
     known, sets, rows, hashes = ROWS | PAPER_ROWS | block_rows, ROW_SETS | {"blocks": block_rows}, {}, set()
     wanted = args.rows or ["made" if args.made_clips else "toy" if args.model == "toy" else "all"]
     for name in ["full method", *(name for row in wanted for name in sets.get(row, [row]))]:
-        row, _ = parse_arguments([*argv, *row_flags(known.get(name, name))])
+        rival, _, changes = name.partition(": ")
+        known_rival = rival in rivals.RIVALS
+        changes = rivals.row_changes(rival, args.model, changes) if known_rival else known.get(name, name)
+        row, _ = parse_arguments([*argv, *row_flags(changes)])
+        if known_rival:
+            row.rival = rival
         changed = [key for key in SHARED | OTHERS - {"config"} if vars(row)[key] != vars(args)[key]]
         if changed:
             raise fastvmt.UserError(f"row {name!r}: all rows share one {changed[0]}")
@@ -102,8 +108,8 @@ def settings_hash(row, args):
 
 
 def code_hash():
-    """Of the method and the model; a result of other code is not computed anew, but the table says so."""
-    files = b"".join(Path(module.__file__).read_bytes() for module in (fastvmt, wan_min))
+    """Of the method, the model and the rivals; a result of other code is not computed anew, but the table says so."""
+    files = b"".join(Path(module.__file__).read_bytes() for module in (fastvmt, wan_min, rivals))
     return hashlib.sha256(files).hexdigest()[:12]
 
 
@@ -172,7 +178,7 @@ def run_row(dit, counts, noise, reference, contexts, row, step=fastvmt.euler_ste
     cost.peak_memory(device, reset=True)
     start = cost.clock(device)
     latents = fastvmt.generate(row, row.config, dit, noise, contexts, None if row.no_transfer else reference,
-                               step=noted, **seams)  # fmt: skip
+                               step=noted, **seams | rivals.seams(row))  # fmt: skip
     total, passes = cost.clock(device) - start, cost.run_counts(row)
     gradients = passes["gradient"] + passes.get("coarse gradient", 0)
     columns = {
@@ -380,7 +386,8 @@ def parse_arguments(argv):
     add("--look-alikes", action="store_true", help="of those whose texture repeats beyond the window")
     names = ", ".join(map(repr, ROWS))
     add("--rows", nargs="+", metavar="ROW", help=f"beside the full method: {names}, changes of settings such as "
-        "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README)")  # fmt: skip
+        "'interval=10, tau=2', 'blocks' (each block), 'ablation' (the toy's, in the README), 'rivals' (of "
+        "lab/rivals.py), 'SMM: lr=0.01 0.01' (one of these, changed)")  # fmt: skip
     add("--keep-videos", action="store_true", help="write references and results to OUT, and a GIF of all rows side by "
         "side")  # fmt: skip
     add("--table-only", action="store_true", help="the table of the results that are on disk, without a run")
