@@ -83,7 +83,7 @@ def shows(video, prompt, classes):
     """Whether a clip (3, F, H, W) has the palette, the texture and, or not, the sprite of the prompt."""
     scale, palette, texture = prompt.split(",")[0].split()
     palette_found = measure_palette(video)
-    features = texture_features(video, palette_found)
+    features = texture_features(video, palette_found).nan_to_num()  # one colour alone has no waves
     found = max(classes, key=lambda name: classes[name].log_prob(features))
     sprite = toy.measure_sprite(video) is not None
     return (palette_found, found, sprite) == (palette, (scale, texture), "," in prompt)

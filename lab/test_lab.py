@@ -73,6 +73,7 @@ def test_motion_is_measured_as_rendered():
     assert sum(right) >= 11
     for words in (("fine", "coarse"), ("black-blue", "blue-white"), ("stripes", "checks"), (", a red square", "")):
         assert right[-1] and not effect.shows(video, toy.describe(scene).replace(*words), classes), words
+    assert not effect.shows(torch.full((3, 9, 48, 66), -0.9), "fine black-white stripes", classes)  # black alone
     camera = (4.3, -2.6, 0.0, 0.0)
     noisy = frames(camera=camera) + 0.5 * randn(3, 9, 48, 66)  # only distant frames tell its motion so exactly
     assert toy.motion_error(noisy, STILL | {"camera": camera}) < 0.1
