@@ -263,11 +263,11 @@ def window_loss(key_mean, *, num_frames, span=5, squared=False):
     return loss / num_frames
 
 
-def motion_losses(reference, generated, *, num_frames, config):
+def motion_losses(reference, generated, *, num_frames, config, weight=None):
     """L_total = λ_AMF·L_AMF + λ_window·L_window (eq. 8), L_AMF and L_window of two readings of motion_features."""
     flow_ref, _ = reference
     flow_gen, key_mean = generated
-    amf = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha)
+    amf = amf_loss(flow_ref, flow_gen, num_frames=num_frames, span=config.span, alpha=config.alpha, weight=weight)
     window = window_loss(key_mean, num_frames=num_frames, span=config.span, squared=config.squared)
     return config.lambda_amf * amf + config.lambda_window * window, amf, window
 
@@ -331,6 +331,11 @@ def guided_steps(num_steps, config):
     return math.ceil(config.guided_fraction * num_steps - 1e-9)  # 0.07·100 is 7.000000000000001
 
 
+def coarse_steps(guided, config):
+    """How many of the first guided steps are read on pooled latents."""
+    return round(config.coarse * guided)
+
+
 def guide(x, sigma, reference, read, losses, config, num_frames):
     """Algorithm 1's Optimization: x, moved towards the reference's reading, and losses (gradients, scalars)."""
     history = []
@@ -362,7 +367,7 @@ def sample(dit, noise, sigmas, context, negative, *, cfg_scale=5.8, reference=No
     sigmas = sigmas.tolist()
     noise = noise.float()
     guided = 0 if reference is None else guided_steps(len(sigmas) - 1, config)
-    coarse = round(config.coarse * guided)
+    coarse = coarse_steps(guided, config)
     x = noise if reference is None else match_noise(reference.float(), noise, sigmas[0])  # (1, C, F, h, w)
 
     def read(number, x, sigma, context, **options):
@@ -469,6 +474,15 @@ def decode_frames(path, size, fps, start, turn):
     return about["fps"], (np.frombuffer(frame, np.uint8).reshape(rows, cols, 4) for frame in frames)
 
 
+def open_picture(file):
+    """A Pillow image, upright, of at most 8 bits a channel. Raises UserError."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(file))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {file} ({error})") from None
+    return image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # convert() would clip 16 bits
+
+
 def read_pictures(path, size, fps, start, turn):
     """The same frames of a folder's pictures, one a frame."""
     files, others = [], []
@@ -480,12 +494,8 @@ def read_pictures(path, size, fps, start, turn):
         print(f"some files in {path} differ in their ending only: each is read as a frame")
     files.sort(key=lambda file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)])
     for n, file in enumerate(files[round(start * fps) :]):
-        try:
-            image = ImageOps.exif_transpose(Image.open(file))
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read {file} ({error})") from None
+        image = open_picture(file)
         size = size[::-1] if n == 0 and turn and image.height > image.width else size
-        image = image.point(lambda x: x / 256) if image.mode[0] == "I" else image  # convert() would clip 16 bits
         yield np.array(ImageOps.fit(image.convert("RGBA"), size[::-1]))
 
 
@@ -668,12 +678,12 @@ def parse_arguments(argv, parser=None, **options):
         raise UserError(f"device {args.device} cannot be used ({shorten(str(error), 200)})") from None
     full = args.dtype == "fp32" or args.dtype is None and probe.is_cpu
     dtype = torch.float32 if full else torch.bfloat16
-    diffusers = args.model.startswith("diffusers:")
-    lab = "lab.diffusers_model" if diffusers else "lab.toy" if args.model == "toy" else "wan_min"
-    if args.lora and not diffusers:
+    source = "lab.toy" if args.model == "toy" else "wan_min"
+    if args.model.startswith("diffusers:"):
+        source, options["lora"] = "lab.diffusers_model", args.lora
+    elif args.lora:
         raise UserError("--lora is for diffusers: models")
-    options |= {"lora": args.lora} if args.lora else {}
-    model = importlib.import_module(lab).open_model(args.model, probe.device, dtype, offload=args.offload, **options)
+    model = importlib.import_module(source).open_model(args.model, probe.device, dtype, offload=args.offload, **options)
     parser.set_defaults(**model.defaults | PRESETS.get(args.preset, {}))
     args, config = parse()
     check_limits(vars(args), block=(1, model.blocks))
@@ -732,17 +742,16 @@ def generate(args, config, dit, noise, contexts, reference, step=euler_step, wat
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, 1.0 if reference is None else args.strength)
     guided = guided_steps(args.steps, config)
     computed = [n < guided or (n - guided) % args.velocity_interval == 0 for n in range(args.steps)]
-    passes = 1 if args.cfg_scale == 1 else 2
-    costs = [passes * fresh for fresh in computed]  # of each step, in passes of the DiT
+    costs = [fresh * (1 if args.cfg_scale == 1 else 2) for fresh in computed]  # of each step, in passes of the DiT
     told = f"{args.steps} steps, {sum(costs)} passes"
     if guided and reference is not None:
         gradients = math.ceil(config.inner_steps / config.interval)
-        told += (
-            f"; 1 to {guided} guided, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}, gradients: {guided * gradients}"
-        )
-        for n in range(guided):  # a gradient takes a GPU 3 times as long as its blocks, a coarse one a seventh of that
-            passes = 3 / 7 if n < round(config.coarse * guided) else 3
-            costs[n] += passes * gradients * config.block / len(dit.blocks)
+        told += f"; 1 to {guided} guided, σ {sigmas[0]:.3f} to {sigmas[guided - 1]:.3f}"
+        told += f", gradients: {guided * gradients}"
+        # A gradient takes a GPU 3 times as long as its blocks, a coarse one a seventh of that.
+        cost = 3 * gradients * config.block / len(dit.blocks)
+        for n in range(guided):
+            costs[n] += cost / 7 if n < coarse_steps(guided, config) else cost
     print(told)
 
     def attempt(checkpoint):

@@ -614,10 +614,11 @@ def test_recomputation_spares_self_attention(dit):
         assert counts == {"self": own, "cross": cross}
 
 
-def test_offload_streams_two_blocks_at_most_and_changes_nothing(dit, monkeypatch):
-    streamed, live, peak, true = random_model(DiT, TINY), weakref.WeakSet(), [], torch.Tensor.to
+def watch_copies(monkeypatch):
+    """List of how many numbers are on the device, the CPU too, after each copy that offloading makes to it."""
+    live, peak, true = weakref.WeakSet(), [], torch.Tensor.to
 
-    def spy(self, *args, **kwargs):  # the copies to the device, which is the CPU too
+    def spy(self, *args, **kwargs):
         out = true(self, *args, **kwargs)
         if kwargs.get("copy"):
             live.add(out)
@@ -625,6 +626,11 @@ def test_offload_streams_two_blocks_at_most_and_changes_nothing(dit, monkeypatch
         return out
 
     monkeypatch.setattr(torch.Tensor, "to", spy)
+    return peak
+
+
+def test_offload_streams_two_blocks_at_most_and_changes_nothing(dit, monkeypatch):
+    streamed, peak = random_model(DiT, TINY), watch_copies(monkeypatch)
     streamed, block = wan_min.offload_blocks(streamed, "cpu"), list(dit.blocks[0].parameters())
     assert torch.equal(*(sample(model, checkpoint=True) for model in (dit, streamed)))
     assert max(peak) == 2 * sum(p.numel() for p in block) and len(peak) > 50

@@ -175,7 +175,7 @@ def run_counts(args):
     config = args.config
     first = fastvmt.guided_steps(args.steps, config)
     guided = 0 if args.no_transfer else first
-    coarse = round(config.coarse * guided)
+    coarse = fastvmt.coarse_steps(guided, config)
     fine = guided - coarse
     gradients = math.ceil(config.inner_steps / config.interval)  # in a guided step
 

@@ -92,13 +92,18 @@ def shows(video, prompt, classes):
 # ---- Measuring and drawing -------------------------------------------------------------------------------------------
 
 
+def run(dit, args, config, noise, contexts, reference, **seams):
+    """Clip (3, F, H, W) of one run; what it says is no line of a table."""
+    with redirect_stdout(sys.stderr):
+        return toy.decode(fastvmt.generate(args, config, dit, noise, contexts, reference, **seams))[0]
+
+
 def generate(dit, seed, camera, args, config):
     """Reference video, its scene, the prompt, and [plain, guided] results of one held-out clip; both from one noise."""
     video, scene, prompt = toy.held_out_of_kind(seed, camera, args.size)
     noise, contexts, reference = toy.prepare(video, prompt, seed)
-    with redirect_stdout(sys.stderr):  # what it says is no line of a table
-        results = [fastvmt.generate(args, config, dit, noise, contexts, guide) for guide in (None, reference)]
-    return video, scene, prompt, [toy.decode(result)[0] for result in results]
+    results = [run(dit, args, config, noise, contexts, guide) for guide in (None, reference)]
+    return video, scene, prompt, results
 
 
 def component_error(video, scene, camera):
@@ -188,8 +193,7 @@ def masks(dit, args, config, clips, first):
         sprite = toy.sprite_weights(video)[None]  # (1, F, H, W)
         seams = [{"losses": extras.mask_losses(mask, reference)} for mask in (sprite, 1 - sprite)]
         for name, guide, seam in zip(errors, (None, *[reference] * 3), ({}, {}, *seams)):
-            with redirect_stdout(sys.stderr):
-                result = toy.decode(fastvmt.generate(args, config, dit, noise, contexts, guide, **seam))[0]
+            result = run(dit, args, config, noise, contexts, guide, **seam)
             errors[name].append([component_error(result, scene, camera) for camera in ("pan", "still")])
     yield f"| {clips} clips | background, px a frame | sprite, px a frame |\n|---|--:|--:|"
     base = torch.tensor(errors["no mask"])  # (clips, 2)
@@ -222,7 +226,8 @@ def figure(dit, args, config, path, first):
     for n, camera in enumerate(("pan", "zoom", "rotation", "still")):
         video, _, prompt, results = generate(dit, first + n, camera, args, config)
         clips = [F.pad(F.interpolate(clip, scale_factor=4), (4, 4, 4, 4))[None] for clip in (video, *results)]
-        rows += [to_bytes(clips), caption([f'"{prompt}"'], to_bytes(clips))]
+        frames = to_bytes(clips)
+        rows += [frames, caption([f'"{prompt}"'], frames)]
     header = caption(["reference", "without FastVMT", "with FastVMT"], rows[0])
     iio.imwrite(path, np.concatenate([header, *rows], axis=1), duration=125, loop=0)
 

@@ -51,13 +51,12 @@ def read_mask(path, video, fps, start):
     """
     frames, *size = video.shape[2:]
     try:
-        image = Image.open(path)
-        still = getattr(image, "n_frames", 1) == 1
+        still = getattr(Image.open(path), "n_frames", 1) == 1
     except (OSError, Image.DecompressionBombError):
         still = False
     if still:
-        image = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), size[::-1])
-        found = [np.array(image)] * frames
+        image = fastvmt.open_picture(path).convert("RGBA")
+        found = [np.array(ImageOps.fit(image, size[::-1]))] * frames
     elif os.path.isdir(path):
         found = fastvmt.read_pictures(path, size, fps, start, False)
     else:
@@ -79,13 +78,10 @@ def mask_losses(mask, reference):
         raise fastvmt.UserError("the mask is black: no motion counts")
 
     def losses(reading, generated, *, num_frames, config):
-        (flow_ref, _), (flow, key_mean) = reading, generated
+        flow, _ = generated
         anchors, _ = fastvmt.frame_pairs(num_frames, config.span, flow.device)  # (P,)
         weight = adaptive_avg_pool3d(mask, (num_frames, *flow.shape[1:3]))[0, anchors]  # (P, H, W)
-        amf = fastvmt.amf_loss(flow_ref, flow, num_frames=num_frames, span=config.span, alpha=config.alpha,
-                               weight=weight)  # fmt: skip
-        window = fastvmt.window_loss(key_mean, num_frames=num_frames, span=config.span, squared=config.squared)
-        return config.lambda_amf * amf + config.lambda_window * window, amf, window
+        return fastvmt.motion_losses(reading, generated, num_frames=num_frames, config=config, weight=weight)
 
     return losses
 
@@ -125,7 +121,6 @@ def open_preview(path, reference, video, fps):
     """A function of latents that shows them in a file; reference: the latents of the video (1, 3, T, H, W)."""
     colors = fit_colors(reference, video)
     duration = round(1000 * video.shape[2] / fps / reference.shape[2])
-
     failed = []
 
     def watch(clean):

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvmt
 import wan_min
-from test_fastvmt import close, perturbed, randn, refused, run_main, write_tokenizer
+from test_fastvmt import close, perturbed, randn, refused, run_main, watch_copies, write_tokenizer
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -200,18 +200,9 @@ def test_gradients_are_alike_in_all_modes(case):
 
 
 def test_two_blocks_at_most_are_on_the_device(saved, monkeypatch):
-    live, peak, true = weakref.WeakSet(), [], torch.Tensor.to
-
-    def spy(self, *args, **kwargs):  # the copies to the device, which is the CPU too
-        out = true(self, *args, **kwargs)
-        if kwargs.get("copy"):
-            live.add(out)
-            peak.append(sum(p.numel() for p in live))
-        return out
-
     folder, (dit,), _ = saved["2.1"]
     streamed = diffusers_model.open_model(f"diffusers:{folder}", offload=True).load_dit()
-    monkeypatch.setattr(torch.Tensor, "to", spy)
+    peak = watch_copies(monkeypatch)
     x, context = inputs(16)
     gradient(streamed, x, torch.tensor([600.0]), context, checkpoint="full")
     assert max(peak) == 2 * sum(p.numel() for p in dit.blocks[0].parameters())

@@ -69,6 +69,8 @@ def test_a_masks_picture_video_or_folder_is_read_like_the_reference():
         clear.save(f"clear/{n}.png")
     still = extras.read_mask("clear.png", video, 16.0, 0.0)
     assert torch.equal(extras.read_mask("clear", video, 16.0, 0.0), still)
+    Image.fromarray(np.full((32, 48), 32896, np.uint16)).save("deep.png")  # 16 bits
+    assert (extras.read_mask("deep.png", video, 16.0, 0.0) - 0.5).abs().max() < 0.01
     Image.open("m.png").save("m.gif")  # of one frame
     assert (extras.read_mask("m.gif", video, 16.0, 1.0) - left)[..., [*range(22), *range(26, 48)]].abs().max() < 0.02
     images = [Image.fromarray(np.full((32, 48), 20 * n, np.uint8)) for n in range(12)]
