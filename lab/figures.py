@@ -234,7 +234,7 @@ def draw_skip(names, panels):
     figure, axes = new_figure(2, len(names), 3.3 * len(names) + 1, 6.5)
     for (above, below), name, (alike, walks) in zip(axes.T, names, panels):
         last = len(alike) + 0.5
-        image = above.imshow(alike, vmin=-1, vmax=1, cmap="RdBu_r", extent=(0.5, last, last, 0.5))
+        image = above.imshow(alike.numpy(), vmin=-1, vmax=1, cmap="RdBu_r", extent=(0.5, last, last, 0.5))
         above.locator_params(integer=True)
         above.set(title=name, xlabel="inner step", ylabel="inner step")
         for interval, walk in zip(INTERVALS, walks):
@@ -251,12 +251,12 @@ def flow_colors(flow, longest):
 
     hue = torch.atan2(*flow.unbind(-1)) / (2 * math.pi) % 1
     saturation = (flow.norm(dim=-1) / longest).clamp(max=1)
-    return hsv_to_rgb(torch.stack([hue, saturation, torch.ones_like(hue)], -1))
+    return hsv_to_rgb(torch.stack([hue, saturation, torch.ones_like(hue)], -1).numpy())
 
 
 @torch.no_grad()
 def window(dit, clips, args, config):
-    """Fig. 5, of look-alikes: the flow from the middle frame to the next or, of the toy, which is slow, to the second."""
+    """Fig. 5, of look-alikes: the flow from the middle frame to the next or, on the slow toy, the one after."""
     sigma = 0.0 if config.ref_noise == "match" else config.ref_noise
     errors, shown = [], None
     for clip in clips.get("look-alikes") or next(iter(clips.values())):
@@ -278,7 +278,7 @@ def draw_window(name, frame, flows):
     grid, longest = flows[0].shape[:2], flows[0].norm(dim=-1).max()
     figure, axes = new_figure(2, 3, 10, 0.6 + 6.6 * grid[0] / grid[1])
     side, every = frame.shape[1] / grid[0], max(1, grid[0] // 12)  # more arrows would hide the frame
-    frame = ((frame + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu()
+    frame = ((frame + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     y, x = (side * (fastvmt.row_column(torch.arange(grid.numel()), grid[1]).view(*grid, 2) + 0.5) - 0.5).unbind(-1)
     for (above, below), title, flow in zip(axes.T, (name, "without window", "with window"), flows):
         above.set_title(title)
@@ -331,10 +331,13 @@ def map_levels(dit, clips, args, config):
 def draw_map(taus, maps):
     """maps {kind: errors (τ, levels, blocks), that of no flow at all}."""
     blocks = next(iter(maps.values()))[0].shape[2]
+    options = dict(vmin=0, aspect="auto", extent=(0.5, blocks + 0.5, len(LEVELS) - 0.5, -0.5))
     figure, axes = new_figure(len(maps), len(taus), len(taus) * (1.6 + 0.16 * blocks) + 1, 2.4 * len(maps) + 0.4)
     for row, (kind, (errors, still)) in zip(axes, maps.items()):
         for panel, tau, values in zip(row, taus, errors):
-            image = panel.imshow(values, vmin=0, vmax=still, aspect="auto", extent=(0.5, blocks + 0.5, 7.5, -0.5))
+            image = panel.imshow(
+                values.numpy(), vmin=0, vmax=still, aspect="auto", extent=(0.5, blocks + 0.5, 7.5, -0.5)
+            )
             panel.set(title=f"{kind}, τ {tau:g}", xlabel="block", yticks=range(len(LEVELS)), yticklabels=LEVELS)
         row[0].set_ylabel("noise level σ")
         figure.colorbar(image, ax=row, label="error, tokens")
