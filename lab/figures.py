@@ -332,12 +332,10 @@ def draw_map(taus, maps):
     """maps {kind: errors (τ, levels, blocks), that of no flow at all}."""
     blocks = next(iter(maps.values()))[0].shape[2]
     options = dict(vmin=0, aspect="auto", extent=(0.5, blocks + 0.5, len(LEVELS) - 0.5, -0.5))
-    figure, axes = new_figure(len(maps), len(taus), len(taus) * (1.6 + 0.16 * blocks) + 1, 2.4 * len(maps) + 0.4)
+    figure, axes = new_figure(len(maps), len(taus), len(taus) * (1.6 + 0.12 * blocks) + 1, 2.4 * len(maps) + 0.4)
     for row, (kind, (errors, still)) in zip(axes, maps.items()):
         for panel, tau, values in zip(row, taus, errors):
-            image = panel.imshow(
-                values.numpy(), vmin=0, vmax=still, aspect="auto", extent=(0.5, blocks + 0.5, 7.5, -0.5)
-            )
+            image = panel.imshow(values.numpy(), vmax=still, **options)
             panel.set(title=f"{kind}, τ {tau:g}", xlabel="block", yticks=range(len(LEVELS)), yticklabels=LEVELS)
         row[0].set_ylabel("noise level σ")
         figure.colorbar(image, ax=row, label="error, tokens")

@@ -134,7 +134,7 @@ def flow_motion_losses(reference, generated, *, num_frames, config):
 def embed(dit, x, sigma, context):
     """Tokens, and what else is handed to each block. Raises UserError."""
     if not hasattr(dit, "embed"):
-        raise fastvmt.UserError("this reads the tokens of wan_min's models and of the toy only")
+        raise fastvmt.UserError("map, SMM and MOFT read the tokens of wan_min's models and of the toy only")
     tokens, _, shared = dit.embed(x, times(x, sigma), context)
     return tokens, shared
 
