@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's figures that are claims about the method, with their numbers: drawn by matplotlib (pip install it).
+"""The paper's figures that are claims about the method, with their numbers; drawn by matplotlib, 3.7 or newer.
 
 python -m lab.figures --model toy --out figures/                          # all three
 python -m lab.figures --model toy --only map --clips 32 --out figures/
