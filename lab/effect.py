@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well the method moves the toy, on clips that it was not trained on: the README's table and its figure.
 
-python -m lab.effect             # errors of plain and guided results
-python -m lab.effect --readings  # errors of the references' flow, read in several ways, without any sampling
-python -m lab.effect --masks     # a sprite and its background move differently, and only one of them counts
+python -m lab.effect            # errors of plain and guided results
+python -m lab.effect --masks    # a sprite and its background move differently, and only one of them counts
 """
 
 import argparse
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -20,7 +18,7 @@ from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 import fastvmt
-from lab import extras, toy, train
+from lab import extras, toy
 
 GIF_WIDTH, GIF_BYTES = 270, 3_000_000  # of a column; of the file, at most
 
@@ -135,52 +133,6 @@ def table(dit, args, config, clips, first):
     yield f"\nPrompt right: plain {plain.sum()} of {len(right)}, and of these {kept} guided; guided {guided.sum()}."
 
 
-READINGS = {  # name -> changes to the toy's settings, noise level at which the reference is read
-    "the toy's settings": ({}, 0.0), "τ 1": ({"tau": 1.0}, 0.0), "τ 1, no window": ({"tau": 1.0, "window": None}, 0.0),
-    "τ 1, arg max": ({"tau": 1.0, "center": "argmax"}, 0.0), "no window": ({"window": None}, 0.0),
-    "τ 5": ({"tau": 5.0}, 0.0), **{f"read at σ {sigma}": ({}, sigma) for sigma in (0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 1.0)},
-}  # fmt: skip
-
-
-def true_flow(scene, i, j, size=toy.SIZE):
-    """Flow in tokens (P, H, W, 2) of frame pairs i, j of a scene, and where (P, H, W) the match is wholly in view."""
-    matches = train.token_matches(scene, [slice(None)] * 3, size)[i, :, j]  # (P, S, S)
-    share, (H, W) = matches.sum(-1), (side // 6 for side in size)
-    position = fastvmt.row_column(torch.arange(H * W), W).float()
-    flow = (matches @ position) / share.clamp(min=1e-6)[..., None] - position
-    return flow.view(-1, H, W, 2), (share > 0.999).view(-1, H, W)
-
-
-def readings(dit, config, clips, first, size=toy.SIZE):
-    """Markdown lines: end-point error in tokens of references' AMF, without any sampling, by how it is read.
-
-    Mean ± standard error over clips; in brackets the paired difference to the toy's settings, of "τ 1, …" to "τ 1".
-    """
-    kinds = {"pan": "pan", "look-alikes": "look-alikes", "rotation": "rotation", "sprite": "still"}
-    yield f"| | {' | '.join(kinds)} |\n|---" + "|--:" * len(kinds) + "|"
-    errors = {name: {kind: [] for kind in kinds} for name in [*READINGS, "no flow at all"]}
-    i, j = fastvmt.frame_pairs(toy.FRAMES, config.span)
-    for kind, moving in kinds.items():
-        for seed in range(first, first + clips):
-            video, scene, prompt = toy.held_out_of_kind(seed, moving, size)
-            noise, (_, _, null), reference = toy.prepare(video, prompt, seed)
-            flow, seen = true_flow(scene, i, j, size)
-            errors["no flow at all"][kind].append(flow[seen].norm(dim=-1).mean())
-            for name, (change, sigma) in READINGS.items():
-                x = fastvmt.match_noise(reference, noise, sigma)
-                with torch.no_grad():
-                    found, _ = fastvmt.motion_features(dit, x, sigma, null, replace(config, **change))
-                errors[name][kind].append((found - flow)[seen].norm(dim=-1).mean())
-    for name, row in errors.items():
-        cells = []
-        for kind, values in row.items():
-            base = errors.get(name.rpartition(", ")[0], errors["the toy's settings"])[kind]
-            x, change = torch.stack(values), torch.stack(values) - torch.stack(base)
-            mean, paired = (f"{d.mean():.3f} ± {d.std() / clips**0.5:.3f}" for d in (x, change))
-            cells.append(mean if values is base else f"{mean} ({paired})")
-        yield f"| {name} | {' | '.join(cells)} |"
-
-
 def masks(dit, args, config, clips, first):
     """Markdown lines: errors of what moves behind a sprite and of the sprite, by what the mask shows of the reference.
 
@@ -248,7 +200,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--clips", type=int, default=16, help="of each kind of motion")
     parser.add_argument("--first", type=int, default=93000, help="seed of the first clip")
-    parser.add_argument("--readings", action="store_true", help="instead: how near references' flow is to the true one")
     parser.add_argument("--masks", action="store_true", help="instead: with masks of a sprite and of its background")
     parser.add_argument("--figure", type=Path, help="write this animation instead of the table")
     options, rest = parser.parse_known_args()
@@ -261,7 +212,6 @@ if __name__ == "__main__":
     if options.figure:
         figure(dit, args, config, options.figure, options.first)
     else:
-        lines = (readings(dit, config, options.clips, options.first, args.size) if options.readings
-                 else (masks if options.masks else table)(dit, args, config, options.clips, options.first))  # fmt: skip
-        for line in lines:
+        lines = masks if options.masks else table
+        for line in lines(dit, args, config, options.clips, options.first):
             print(line, flush=True)

@@ -11,9 +11,8 @@ passes through Wan's 1.3B at 81 frames of 480x832, with the VAE. A run that was 
 import statistics
 import sys
 
-from PIL import Image, ImageDraw, ImageFont
-
-from lab import cost, table1
+import fastvmt
+from lab import cost, figures, table1
 
 ROWS = (
     "velocity_interval=3", "interval=10, velocity_interval=3", "interval=20, velocity_interval=3", "preset fast",
@@ -23,7 +22,6 @@ ROWS = (
 )  # fmt: skip
 CLIPS = "--model toy --size 96x132 --seed 86000 --clips 24".split()
 COLUMN = "motion error, px a frame"
-SIZE, LEFT, BOTTOM, TOP, LEGEND = (1160, 560), 60, 500, 20, 640  # of the picture; of its axes
 
 
 def prices():
@@ -50,41 +48,19 @@ def measure(results, rows, args, flops):
     return points
 
 
-def axis_places(points):
-    """Functions PFLOP -> column and px -> row of the picture, both axes from 0 on."""
-    most = 1.08 * max(pflop for _, pflop, *_ in points)
-    worst = 1.08 * max(error + spread for _, _, error, spread, _ in points)
-
-    def column(pflop):
-        return LEFT + (LEGEND - 40 - LEFT) * pflop / most
-
-    def row(error):
-        return BOTTOM - (BOTTOM - TOP) * error / worst
-
-    return column, row
-
-
 def draw(points):
     """The picture: numbered points with error bars, orange where the motion is read coarsely, and their names."""
-    image = Image.new("RGB", SIZE, "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    column, row = axis_places(points)
-    pen.line([(LEFT, TOP), (LEFT, BOTTOM), (LEGEND - 40, BOTTOM)], fill="black")
-    for pflop in range(0, int(max(x for _, x, *_ in points)) + 1, 10):
-        pen.line([(column(pflop), BOTTOM), (column(pflop), BOTTOM + 5)], fill="black")
-        pen.text((column(pflop), BOTTOM + 8), str(pflop), fill="black", font=font, anchor="ma")
-    for half in range(int(2 * max(error for _, _, error, *_ in points)) + 1):
-        pen.line([(LEFT - 5, row(half / 2)), (LEFT, row(half / 2))], fill="black")
-        pen.text((LEFT - 9, row(half / 2)), f"{half / 2:g}", fill="black", font=font, anchor="rm")
-    pen.text((LEFT, BOTTOM + 30), "PFLOP of a run; upwards: error of the motion, px a frame", fill="black", font=font)
+    figure, ((axes,),) = figures.new_figure(1, 1, 11.6, 5.6)
     for number, (name, pflop, error, spread, _) in enumerate(points, 1):
-        x, y, color = column(pflop), row(error), "darkorange" if "coarse" in name or "fast" in name else "navy"
-        pen.line([(x, row(error - spread)), (x, row(error + spread))], fill=color, width=2)
-        pen.ellipse([(x - 4, y - 4), (x + 4, y + 4)], fill=color)
-        pen.text((x + 7, y - 16), str(number), fill=color, font=font)
-        text = f"{number:2}  {name}: {pflop:.1f} PFLOP, {error:.2f} ± {spread:.2f} px"
-        pen.text((LEGEND, TOP + 30 * number), text, fill=color, font=font)
-    return image
+        color = "darkorange" if "coarse" in name or "fast" in name else "navy"
+        label = f"{number}  {name}: {pflop:.1f} PFLOP, {error:.2f} ± {spread:.2f} px"
+        axes.errorbar(pflop, error, spread, fmt="o", color=color, label=label)
+        axes.annotate(str(number), (pflop, error), (5, 5), textcoords="offset points", color=color)
+    axes.set(xlabel="PFLOP of a run", ylabel="error of the motion, px a frame")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside right upper", labelcolor="linecolor", handlelength=1, frameon=False)
+    return figure
 
 
 def show(results, rows, args):
@@ -96,7 +72,7 @@ def show(results, rows, args):
     print("\n| | PFLOP | error, px a frame | clips |\n|---|--:|--:|--:|")
     for name, pflop, error, spread, clips in points:
         print(f"| {name} | {pflop:.1f} | {error:.2f} ± {spread:.2f} | {clips} |")
-    draw(points).save(args.out / "frontier.png")
+    draw(points).savefig(args.out / "frontier.png")
     print(f"\ndrawn in {args.out / 'frontier.png'}")
 
 
@@ -104,6 +80,11 @@ def main(argv=None):
     argv = [*CLIPS, *(sys.argv[1:] if argv is None else argv)]
     if "--rows" not in argv:
         argv += ["--rows", *ROWS]
+    try:
+        figures.new_figure(1, 1, 1, 1)  # before ten minutes, not after them
+    except fastvmt.UserError as error:
+        print(f"lab.frontier: {error}", file=sys.stderr)
+        return 2
     return table1.main(argv, then=show)
 
 

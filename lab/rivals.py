@@ -131,13 +131,19 @@ def flow_motion_losses(reference, generated, *, num_frames, config):
 # ---- SMM and MOFT ----
 
 
+def embed(dit, x, sigma, context):
+    """Tokens, and what else is handed to each block. Raises UserError."""
+    if not hasattr(dit, "embed"):
+        raise fastvmt.UserError("map, SMM and MOFT read the tokens of wan_min's models and of the toy only")
+    tokens, _, shared = dit.embed(x, times(x, sigma), context)
+    return tokens, shared
+
+
 def block_tokens(dit, x, sigma, context, block, checkpoint=False):
     """Tokens (F, H, W, C) after a block; checkpoint as of wan_min.DiT.qk."""
-    if not hasattr(dit, "embed"):
-        raise fastvmt.UserError("SMM and MOFT read the tokens of wan_min's models and of the toy only")
     save = partial(create_selective_checkpoint_contexts, wan_min.keep_self_attention)
     options = ONCE if checkpoint == "full" else ONCE | {"context_fn": save}
-    tokens, _, shared = dit.embed(x, times(x, sigma), context)
+    tokens, shared = embed(dit, x, sigma, context)
     for layer in dit.blocks[:block]:
         tokens = recompute(layer, tokens, *shared, **options) if checkpoint else layer(tokens, *shared)
     return by_place(tokens[0], dit, x)

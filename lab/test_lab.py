@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import sys
 
 import imageio.v3 as iio
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 
 import fastvmt
 import wan_min
-from lab import changes, cost, effect, frontier, made, metrics, table1, toy, train
+from lab import changes, cost, effect, figures, frontier, made, metrics, table1, toy, train
 from test_fastvmt import HERE, close, moving_texture, randn, run_main, write_clip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_toy_matches_follow_the_content():
                            for n, grid in zip((i, j), grids))  # fmt: skip
             assert (here - there).abs().mean(0)[known].mean() < 0.06 < 0.2 < (here - here.roll(3, 1)).abs().mean()
     i, j = fastvmt.frame_pairs(9, 5)
-    flow, seen = effect.true_flow(STILL | {"camera": (1.4, -2.0, 0.0, 0.0)}, i, j)
+    flow, seen = figures.true_flow(STILL | {"camera": (1.4, -2.0, 0.0, 0.0)}, i, j)
     true = (j - i)[:, None, None, None] * torch.tensor([1.4, -2.0]) / 6
     target = true + fastvmt.row_column(torch.arange(88), 11).view(8, 11, 2)
     assert seen.equal(((target > -0.5) & (target < torch.tensor([7.5, 10.5]))).all(-1))
@@ -239,23 +240,11 @@ def test_effect_says_what_it_measures(monkeypatch):
         ("generate", lambda dit, seed, camera, args, config: (None, seed, seed, [4, 1])),  # errors of plain and guided
         ("component_error", lambda result, seed, camera: result + seed % 2.0),
         ("shows", lambda result, seed, classes: result == 4 or seed % 2 == 1),
-        ("true_flow", lambda scene, i, j, size: (torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, dtype=torch.bool))),
-        ("READINGS", {name: effect.READINGS[name] for name in ("the toy's settings", "τ 1", "τ 1, no window")}),
     ):
         monkeypatch.setattr(effect, name, stub)
     lines = list(effect.table(None, argparse.Namespace(size=toy.SIZE), None, 2, 0))
     assert lines[2] == "| pan, px | 2 | 4.50 ± 0.71 | 1.50 ± 0.71 | 0.33 |"
     assert lines[-1] == "\nPrompt right: plain 8 of 8, and of these 4 guided; guided 4."
-    _, config, _ = fastvmt.parse_arguments(["--model", "toy"])
-    calls = itertools.count()
-
-    def features(dit, x, sigma, context, config):
-        clip = next(calls) // 3 % 2
-        return torch.tensor([3.0, 4.0]) * (1 + 0.1 * clip) * (config.tau + (config.window is None)), None
-
-    monkeypatch.setattr(fastvmt, "motion_features", features)
-    lines = [line.split(" | ")[1] for line in list(effect.readings(None, config, 2, 0))[1:4]]
-    assert lines == ["15.750 ± 0.750", "5.250 ± 0.250 (-10.500 ± 0.500)", "10.500 ± 0.500 (5.250 ± 0.250)"]
 
 
 # ---- The lab ---------------------------------------------------------------------------------------------------------
@@ -858,6 +847,9 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
                  for n, error in enumerate(errors) for row in [rows[name]]]  # fmt: skip
         (args.out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
+    pytest.importorskip("matplotlib")
+    real, drawn = frontier.draw, []
+    monkeypatch.setattr(frontier, "draw", lambda points: drawn.append(real(points)) or drawn[0])
     monkeypatch.setattr(frontier, "prices", lambda: flops)
     monkeypatch.setattr(table1, "compute", compute)
     assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 0
@@ -873,14 +865,20 @@ def test_frontier_prices_and_draws_each_setting(tmp_path, capsys, monkeypatch):
         "clips": "2",
     }
     assert table["", "preset fast"]["PFLOP"] == f"{fast}.0" and [title for title, _ in table].count("") == 2
-    picture = Image.open(tmp_path / "frontier.png")
-    column, row = frontier.axis_places([("", full, 1.0, 0.5, 2), ("", fast, 2.0, 0.0, 1)])
-    assert picture.getpixel((round(column(full)), round(row(1.0)))) == (0, 0, 128)
-    assert picture.getpixel((round(column(fast)), round(row(2.0)))) == (255, 140, 0)
-    for error, drawn in ((1.4, True), (0.6, True), (1.6, False), (0.4, False)):  # the bar
-        assert (picture.getpixel((round(column(full)), round(row(error)))) == (0, 0, 128)) == drawn
-    assert column(0) == frontier.LEFT and row(0) == frontier.BOTTOM
+    (figure,) = drawn
+    (axes,) = figure.axes
+    for bars, label, number, (x, y, spread, color) in zip(axes.containers, figure.legends[0].texts, axes.texts, (
+            (full, 1.0, 0.5, "navy"), (fast, 2.0, 0.0, "darkorange"))):  # fmt: skip
+        point, _, (bar,) = bars.lines
+        assert point.get_xydata().tolist() == [[x, y]] and point.get_color() == number.get_color() == color
+        assert bar.get_segments()[0].tolist() == [[x, y - spread], [x, y + spread]] and number.xy == (x, y)
+        assert label.get_text().startswith(f"{number.get_text()}  ") and f"{x}.0 PFLOP" in label.get_text()
+    assert [text.get_text() for text in axes.texts] == ["1", "2"] and "preset fast" in label.get_text()
+    assert axes.get_xlim()[0] == axes.get_ylim()[0] == 0 and Image.open(tmp_path / "frontier.png").width == 1160
     assert frontier.measure([], rows, args, flops) == []
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert frontier.main(["--out", str(tmp_path), "--device", "cpu"]) == 2 and len(asked) == 1
+    assert capsys.readouterr().err == "lab.frontier: the figures are drawn by matplotlib: pip install matplotlib\n"
 
 
 def test_flow_agreement():
