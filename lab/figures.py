@@ -256,12 +256,13 @@ def flow_colors(flow, longest):
 
 @torch.no_grad()
 def window(dit, clips, args, config):
-    """Fig. 5, of look-alikes: the flow from the middle frame to the next or, on the slow toy, the one after."""
+    """Fig. 5, of look-alikes: the flow between two frames in the middle, the toy's as far apart as the span."""
     sigma = 0.0 if config.ref_noise == "match" else config.ref_noise
     errors, shown = [], None
     for clip in clips.get("look-alikes") or next(iter(clips.values())):
         Q, K = fastvmt.read_qk(dit, clip.at(sigma), sigma, clip.contexts[2], config.block)
-        i, ahead = (len(Q) - 1) // 2, 2 if clip.scene else 1
+        ahead = min(config.span, len(Q) - 1) if clip.scene else 1
+        i = (len(Q) - ahead) // 2
         (true,), (known,) = clip_flow(clip, torch.tensor([i]), torch.tensor([i + ahead]), Q.shape[1:3])
         pair = [x[[i, i + ahead]] for x in (Q, K)]
         read = [replace(config, span=1, window=side) for side in (None, config.window)]
