@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's figures that are claims about the method, with their numbers; drawn by matplotlib, 3.7 or newer.
+"""The paper's figures that are claims about the method, with their numbers.
 
-python -m lab.figures --model toy --out figures/                          # all three
+python -m lab.figures --model toy --out figures/                     # all three
 python -m lab.figures --model toy --only map --clips 32 --out figures/
-python -m lab.figures --model 1.3B --ref clip.mp4 --out figures/
+python -m lab.figures --model 1.3B --checkpoint on --ref clip.mp4 --prompt "a red fox" --out figures/
 
-skip.png (Figs. 2b, 3): how alike inner gradients are, and where reused ones lead. window.png (Fig. 5): a flow with and
-without window. map.png (Fig. 9, Table 2): which block, noise level and τ read a reference's flow. The toy's true flow
-is known; in its place stands the flow of a real clip's pixels, between neighbouring latent frames, by block matching.
+window.png (Fig. 5): a flow with and without window. skip.png (Figs. 2b, 3): how alike inner gradients are, and where
+reused ones lead. map.png (Fig. 9, Table 2): which block, noise level and τ read a reference's flow. The toy's true flow
+is known; of a real clip OpenCV's DIS optical flow of its pixels stands for it, between neighbouring latent frames.
+Needs matplotlib 3.7 or newer, and opencv-python for a real clip; --coarse is ignored.
 Shapes: J inner steps; F latent frames, H×W tokens, P frame pairs. Flows are (row, column) in tokens.
 """
 
+import importlib
 import math
 import sys
 from dataclasses import replace
@@ -18,16 +20,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastvmt
 import wan_min
-from lab import changes, rivals, table1, toy, train
+from lab import changes, effect, rivals, table1, toy, train
 
 KINDS = {"pan": "pan", "look-alikes": "look-alikes", "rotation": "rotation", "sprite": "still"}  # of the toy's clips
-INTERVALS, LAGS, LEVELS, TAUS = (1, 2, 3, 4, 5), (1, 2, 3, 4), (0.0, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 1.0), (1, 3, 10)
+INTERVALS = (1, 2, 3, 4, 5)  # Δ
+LEVELS = (0.0, 0.1, 0.3, 0.6, 0.8, 0.9, 0.97, 1.0)  # σ
+TAUS = (1, 3, 10)
 
 
 class Clip(NamedTuple):
@@ -52,12 +57,10 @@ def make_clips(args, model):
         noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(args.device)
         return Clip(video, scene, reference, noise, contexts)
 
-    if args.model == "toy" and not args.ref:
-        seeds = range(args.first, args.first + args.clips)
+    if args.model == "toy":
+        seeds = range(args.seed, args.seed + args.clips)
         return {kind: [make(*toy.held_out_of_kind(seed, moves, size), seed) for seed in seeds]
                 for kind, moves in KINDS.items()}  # fmt: skip
-    if not args.ref:
-        raise fastvmt.UserError("--ref is missing")
     read = args.ref == "demo" and model.demo or fastvmt.read_video
     video = read(args.ref, args.frames, size, fps=args.fps or model.fps, start=args.start, turn=turn)
     return {Path(args.ref).name: [make(video[0], None, args.prompt or "", args.seed)]}
@@ -67,69 +70,47 @@ def make_clips(args, model):
 
 
 def true_flow(scene, i, j, size=toy.SIZE):
-    """Flow (P, H, W, 2) of frame pairs i, j of a toy's scene, and where (P, H, W) the match is wholly in view."""
-    matches = train.token_matches(scene, [slice(None)] * 3, size)[i, :, j]  # (P, S, S)
-    share, (H, W) = matches.sum(-1), (side // 6 for side in size)
-    position = fastvmt.row_column(torch.arange(H * W), W).float()
-    flow = (matches @ position) / share.clamp(min=1e-6)[..., None] - position
-    return flow.view(-1, H, W, 2), (share > 0.999).view(-1, H, W)
+    """Flow (P, H, W, 2) of frame pairs i, j of a toy's scene, and where (P, H, W) the match's centre is in view."""
+    points, known = train.token_points(scene, [slice(None)] * 3, size)  # (F, H, W, F, 2)
+    _, H, W, *_ = points.shape
+    points = points[i, :, :, j]  # (P, H, W, 2)
+    inside = ((points > -0.01) & (points < torch.tensor([H - 0.99, W - 0.99]))).all(-1)  # as far as an AMF can point
+    return points - fastvmt.row_column(torch.arange(H * W), W).view(H, W, 2), known[i, :, :, j] & inside
 
 
-def pixel_blocks(picture, grid):
-    """Blocks of two tokens' side around every quarter of a token: (3, h, w) -> (4H−3, 4W−3, 192)."""
-    cells = F.interpolate(picture[None], [4 * side for side in grid], mode="bilinear", antialias=True)
-    cells = F.pad(cells, (2, 2, 2, 2), mode="replicate")  # so that the first block's middle is the first token's
-    return F.unfold(cells, 8)[0].mT.unflatten(0, (4 * grid[0] - 3, -1))
+def pixel_flow(first, second, grid):
+    """Flow (H, W, 2) from a picture (3, h, w) to another by OpenCV's DIS, and where (H, W) it counts.
 
-
-def match_blocks(first, second, grid):
-    """Flow (H, W, 2) from a picture (3, h, w) to another by matching blocks, and where (H, W) it counts.
-
-    That is where the block has texture, and its match's own match lies within half a token of it. Of places that look
-    alike the nearest is taken: a token of distance costs as much as 2 % of the block's contrast.
+    That is where the way back from its end leads to within half a token.
     """
-    a, b = (pixel_blocks(picture, grid) for picture in (first, second))
-    here, there, tokens = a.flatten(0, 1), b.flatten(0, 1), a[::4, ::4].flatten(0, 1)
-    places = fastvmt.row_column(torch.arange(len(here), device=a.device), a.shape[1])  # in quarters of a token
-    start = places.view(*a.shape[:2], 2)[::4, ::4].flatten(0, 1)  # (S, 2)
+    import cv2
 
-    def search(blocks, others, start):
-        """Squared distances (S, places), less what is the same for all others, and the best place's index (S,)."""
-        cost = others.square().sum(1) - 2 * blocks @ others.mT
-        contrast = blocks.var(1, keepdim=True) * blocks.shape[1]
-        away = torch.cdist(start.float(), places.float())
-        return cost, cost.addcmul(away, contrast, value=0.02 / 4).argmin(1)
-
-    cost, best = search(tokens, there, start)
-    _, back = search(there[best], here, places[best])
-    cost = F.pad(cost.unflatten(1, a.shape[:2]), (1, 1, 1, 1), value=math.inf)
-    n, row, column = torch.arange(len(tokens)), *(places[best] + 1).unbind(1)
-    least, offsets = cost[n, row, column], []
-    for down, right in ((1, 0), (0, 1)):  # to the bottom of a parabola through the neighbours; NaN at the edge
-        before, after = cost[n, row - down, column - right], cost[n, row + down, column + right]
-        offsets.append((before - after) / (before - 2 * least + after) / 2)
-    flow = (places[best] - start + torch.stack(offsets, 1).nan_to_num(0, 0, 0).clamp(-0.5, 0.5)) / 4
-    textured = tokens.unflatten(1, (3, -1)).std(-1).amax(1) > 0.05
-    counts = textured & ((places[back] - start).abs().amax(1) <= 2)
-    return flow.unflatten(0, grid).cpu(), counts.unflatten(0, grid).cpu()
+    a, b = (
+        cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in effect.to_bytes([torch.stack([first, second], 1)[None]])
+    )
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    there, back = search.calc(a, b, None), search.calc(b, a, None)  # (h, w, 2), as (x, y) in pixels
+    y, x = np.indices(a.shape, np.float32)
+    off = there + cv2.remap(back, x + there[..., 0], y + there[..., 1], cv2.INTER_LINEAR)
+    side = a.shape[0] / grid[0]  # of a token
+    flow, near = (cv2.resize(z, grid[::-1], interpolation=cv2.INTER_AREA)
+                  for z in (there / side, np.float32(np.hypot(*off.transpose(2, 0, 1)) < side / 2)))  # fmt: skip
+    return torch.from_numpy(flow).flip(-1), torch.from_numpy(near) > 0.5
 
 
 def picture(clip, frame):
-    """The picture (3, h, w) in the middle of those that a latent frame covers."""
+    """Number of the picture in the middle of those that a latent frame covers."""
     ratio = (clip.video.shape[1] - 1) // (clip.reference.shape[2] - 1)  # Wan's first frame covers one, the others four
-    return clip.video[:, max(ratio * frame - (ratio - 1) // 2, 0)].to(clip.reference.device)
+    return max(ratio * frame - (ratio - 1) // 2, 0)
 
 
 def clip_flow(clip, i, j, grid):
     """True flow (P, H, W, 2) of pairs i, j, or that of the pixels, and where (P, H, W) it is known."""
     if clip.scene:
         return true_flow(clip.scene, i, j, clip.video.shape[2:])
-    pairs = zip(i.tolist(), j.tolist())
-    matches = [match_blocks(picture(clip, first), picture(clip, second), grid) for first, second in pairs]
-    flow, known = map(torch.stack, zip(*matches))
-    if not known.any():
-        raise fastvmt.UserError("nothing in the pixels of --ref can be followed")
-    return flow, known
+    frames = ([clip.video[:, picture(clip, n)] for n in pair] for pair in zip(i.tolist(), j.tolist()))
+    flow, known = zip(*(pixel_flow(*pair, grid) for pair in frames))
+    return torch.stack(flow), torch.stack(known)
 
 
 def token_grid(dit, x):
@@ -141,10 +122,8 @@ def token_grid(dit, x):
 
 def new_figure(rows, columns, width, height):
     """A figure, and its axes (rows, columns)."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise fastvmt.UserError("the figures are drawn by matplotlib: pip install matplotlib") from None
+    from matplotlib.figure import Figure
+
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -158,20 +137,23 @@ def markdown(title, head, rows):
 
 
 def inner_steps(x, *args):
-    """Latents (J+1, n) before and after each inner step of fastvmt.guide, and gradients (J, n); arguments as its."""
-    seen = []
+    """Latents (J+1, n) before and after each inner step of fastvmt.guide, and gradients (J, n); arguments as its.
+
+    What any optimizer does meanwhile would be noted, too.
+    """
+    latents, gradients = [x.flatten().cpu()], []
 
     def note(optimizer, *_):
-        (latents,) = optimizer.param_groups[0]["params"]
-        seen.append(torch.stack([latents.detach(), latents.grad]).flatten(1).cpu())
+        (moved,) = optimizer.param_groups[0]["params"]
+        latents.append(moved.detach().flatten().cpu().clone())
+        gradients.append(moved.grad.flatten().cpu().clone())
 
     hook = register_optimizer_step_post_hook(note)
     try:
         fastvmt.guide(x, *args)
     finally:
         hook.remove()
-    latents, gradients = torch.stack(seen, 1)
-    return torch.cat([x.flatten()[None].cpu(), latents]), gradients
+    return torch.stack(latents), torch.stack(gradients)
 
 
 def cosines(gradients):
@@ -181,30 +163,39 @@ def cosines(gradients):
 
 
 def principal(points):
-    """Coordinates (..., 2) of points (..., n) along their first two principal directions through the origin."""
+    """Coordinates (..., 2) of points (..., n) along their first two principal directions from the origin.
+
+    Also the share of the points' squared lengths that each direction holds (2,).
+    """
     flat = points.flatten(0, -2)
     values, vectors = torch.linalg.eigh(flat @ flat.mT)
-    return (vectors * values.clamp(min=0).sqrt())[:, [-1, -2]].unflatten(0, points.shape[:-1])
+    values, vectors = values.flip(0)[:2].clamp(min=0), vectors.flip(1)[:, :2]
+    return (vectors * values.sqrt()).unflatten(0, points.shape[:-1]), values / flat.square().sum()
 
 
 def read_steps(dit, clip, args, config, sigmas, shown):
     """Gradients' cosines (J, J) and trajectories (Δ, J+1, n) of the shown ones of a run's guided steps."""
+    target, negative, null = clip.contexts
     checkpoint = "full" if args.offload else args.checkpoint == "on"
-    starts = [clip.at(sigmas[0].item())]
-    fastvmt.sample(dit, clip.noise, sigmas, *clip.contexts[:2], cfg_scale=args.cfg_scale, reference=clip.reference,
-                   null=clip.contexts[2], config=config, checkpoint=checkpoint,
+    starts = [clip.at(sigmas[0].item())]  # what each step begins with
+    fastvmt.sample(dit, clip.noise, sigmas, target, negative, cfg_scale=args.cfg_scale, reference=clip.reference,
+                   null=null, config=config, checkpoint=checkpoint,
                    callback=lambda number, x, *_: starts.append(x))  # fmt: skip
     for number in shown:
         sigma = sigmas[number].item()
         level = sigma if config.ref_noise == "match" else config.ref_noise
-        read = partial(fastvmt.motion_features, dit, config=config)
         with torch.no_grad():
-            reading = read(clip.at(level), level, clip.contexts[2])
-        read = partial(read, context=clip.contexts[0], checkpoint=checkpoint)
-        walks, gradients = zip(*(inner_steps(starts[number], sigma, reading, read, fastvmt.motion_losses,
-                                             replace(config, interval=interval), token_grid(dit, clip.noise)[0])
-                                 for interval in INTERVALS))  # fmt: skip
-        yield cosines(gradients[0]), torch.stack(walks)
+            reading = fastvmt.motion_features(dit, clip.at(level), level, null, config)
+        read = partial(fastvmt.motion_features, dit, context=target, config=config, checkpoint=checkpoint)
+        walks = []
+        for interval in INTERVALS:
+            settings = replace(config, interval=interval)
+            frames = token_grid(dit, clip.noise)[0]
+            walk, gradients = inner_steps(starts[number], sigma, reading, read, fastvmt.motion_losses, settings, frames)
+            walks.append(walk)
+            if interval == 1:
+                alike = cosines(gradients)
+        yield alike, torch.stack(walks)
 
 
 def skip(dit, clips, args, config):
@@ -215,31 +206,32 @@ def skip(dit, clips, args, config):
     config = replace(config, guided_fraction=1.0, coarse=0.0)
     sigmas = wan_min.flow_sigmas(args.steps, args.shift, args.strength)[:guided]
     shown = sorted({0, guided // 2, guided - 1})
-    names = [f"step {number + 1}, σ {sigmas[number]:.3f}" for number in shown]
-    numbers, panels = [], []
+    lags = range(1, min(5, config.inner_steps))
+    panels = {f"step {number + 1}, σ {sigmas[number]:.3f}": [] for number in shown}
+    numbers = {name: [] for name in panels}
     for clip in next(iter(clips.values())):
-        for alike, walks in read_steps(dit, clip, args, config, sigmas, shown):
-            ends = walks[:, -1]
-            away = (ends[1:] - ends[0]).norm(dim=1) / (ends[0] - walks[0, 0]).norm()
-            numbers.append(torch.cat([torch.stack([alike.diagonal(lag).mean() for lag in LAGS]), away]))
-            if len(panels) < len(shown):
-                panels.append((alike, principal(walks - walks[0, 0])))
-    numbers = torch.stack(numbers).view(-1, len(shown), len(numbers[0])).permute(1, 2, 0)
-    head = [f"cosine, {lag} apart" for lag in LAGS] + [f"Δ {n} ends off Δ 1" for n in INTERVALS[1:]]
-    return "\n".join(markdown("guided step", head, dict(zip(names, numbers)))), draw_skip(names, panels)
+        for name, (alike, walks) in zip(panels, read_steps(dit, clip, args, config, sigmas, shown)):
+            start, ends = walks[0, 0], walks[:, -1]
+            away = (ends[1:] - ends[0]).norm(dim=1) / (ends[0] - start).norm()
+            numbers[name].append(torch.tensor([*(alike.diagonal(lag).mean() for lag in lags), *away]))
+            panels[name] = panels[name] or [alike, *principal(walks - start)]
+    head = [f"cosine, {lag} apart" for lag in lags] + [f"Δ {n} ends off Δ 1" for n in INTERVALS[1:]]
+    rows = {name: torch.stack(values, 1) for name, values in numbers.items()}
+    return "\n".join(markdown("guided step", head, rows)), draw_skip(panels)
 
 
-def draw_skip(names, panels):
-    """panels: for each name cosines (J, J), and trajectories (Δ, J+1, 2)."""
-    figure, axes = new_figure(2, len(names), 3.3 * len(names) + 1, 6.5)
-    for (above, below), name, (alike, walks) in zip(axes.T, names, panels):
+def draw_skip(panels):
+    """panels {name: cosines (J, J), trajectories (Δ, J+1, 2) along two directions, the share (2,) that these hold}."""
+    figure, axes = new_figure(2, len(panels), 3.3 * len(panels) + 1, 6.5)
+    for (above, below), (name, (alike, walks, shares)) in zip(axes.T, panels.items()):
         last = len(alike) + 0.5
         image = above.imshow(alike.numpy(), vmin=-1, vmax=1, cmap="RdBu_r", extent=(0.5, last, last, 0.5))
         above.locator_params(integer=True)
         above.set(title=name, xlabel="inner step", ylabel="inner step")
         for interval, walk in zip(INTERVALS, walks):
             below.plot(*walk.T, marker=".", label=f"Δ = {interval}")
-        below.set(xlabel="first component", ylabel="second component")
+        below.set(xlabel=f"direction 1 ({shares[0]:.0%})", ylabel=f"direction 2 ({shares[1]:.0%})")
+        below.set_aspect("equal", "datalim")
     below.legend()
     figure.colorbar(image, ax=axes[0], label="cosine of gradients")
     return figure
@@ -256,36 +248,45 @@ def flow_colors(flow, longest):
 
 @torch.no_grad()
 def window(dit, clips, args, config):
-    """Fig. 5, of look-alikes: the flow between two frames in the middle, the toy's as far apart as the span."""
+    """Fig. 5, of look-alikes: the flow between two frames in the middle, the toy's as far apart as the span.
+
+    Drawn is the clip whose flow is worst without window.
+    """
     sigma = 0.0 if config.ref_noise == "match" else config.ref_noise
-    errors, shown = [], None
+    errors, drawn = [], []
     for clip in clips.get("look-alikes") or next(iter(clips.values())):
         Q, K = fastvmt.read_qk(dit, clip.at(sigma), sigma, clip.contexts[2], config.block)
         ahead = min(config.span, len(Q) - 1) if clip.scene else 1
         i = (len(Q) - ahead) // 2
         (true,), (known,) = clip_flow(clip, torch.tensor([i]), torch.tensor([i + ahead]), Q.shape[1:3])
         pair = [x[[i, i + ahead]] for x in (Q, K)]
-        read = [replace(config, span=1, window=side) for side in (None, config.window)]
-        found = [changes.read_flow(*pair, settings)[0][0].cpu() for settings in read]
-        errors.append(torch.stack([(flow - true)[known].norm(dim=-1).mean() for flow in (true * 0, *found)]))
-        shown = shown or (picture(clip, i), [true * known[..., None], *found])
-    head = ("no flow at all", "without window", "with window")
-    text = "\n".join(markdown("", head, {"error, tokens": torch.stack(errors, 1)}))
-    return text, draw_window("true flow" if clip.scene else "flow of the pixels", *shown)
+        flows = [true]
+        for side in (None, config.window):
+            flows.append(changes.read_flow(*pair, replace(config, span=1, window=side))[0][0].cpu())
+        still, without, within = ((flow - true)[known].norm(dim=-1).mean().item() for flow in (true * 0, *flows[1:]))
+        errors.append([still, without, within, within - without])
+        drawn.append((clip.video[:, picture(clip, i)], known, flows))
+    worst = max(range(len(errors)), key=lambda n: errors[n][1])
+    head = ["no flow at all", "without window", "with window", "with minus without"]
+    text = "\n".join(markdown("", head, {"error, tokens": torch.tensor(errors).T}))
+    names = ["true flow" if clip.scene else "flow of the pixels",
+             *(f"{name}: {error:.2f} off" for name, error in zip(head[1:], errors[worst][1:3]))]  # fmt: skip
+    return text, draw_window(names, *drawn[worst])
 
 
-def draw_window(name, frame, flows):
-    """flows (H, W, 2) of the frame (3, h, w): the true one, without and with window."""
-    grid, longest = flows[0].shape[:2], flows[0].norm(dim=-1).max()
+def draw_window(names, frame, known, flows):
+    """flows (H, W, 2) of the frame (3, h, w), the first where known (H, W); what is not is grey."""
+    grid, longest = known.shape, flows[0][known].norm(dim=-1).quantile(0.95)  # a wrong match may be far longer
     figure, axes = new_figure(2, 3, 10, 0.6 + 6.6 * grid[0] / grid[1])
-    side, every = frame.shape[1] / grid[0], max(1, grid[0] // 12)  # more arrows would hide the frame
-    frame = ((frame + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    side, every = frame.shape[1] / grid[0], max(1, grid[0] // 10)  # more arrows would hide the frame
+    frame = ((frame + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
     y, x = (side * (fastvmt.row_column(torch.arange(grid.numel()), grid[1]).view(*grid, 2) + 0.5) - 0.5).unbind(-1)
-    for (above, below), title, flow in zip(axes.T, (name, "without window", "with window"), flows):
-        above.set_title(title)
-        above.imshow(flow_colors(flow, longest))
+    for (above, below), name, flow in zip(axes.T, names, flows):
+        seen = known if flow is flows[0] else torch.ones_like(known)
+        above.set_title(name)
+        above.imshow(np.where(seen[..., None], flow_colors(flow, longest), 0.5))
         below.imshow(frame)
-        v, u = (side * flow).unbind(-1)
+        v, u = (side * flow).masked_fill(~seen[..., None], math.nan).unbind(-1)
         below.quiver(*(z[::every, ::every] for z in (x, y, u, v)), angles="xy", scale_units="xy", scale=1,
                      color="red", width=0.006)  # fmt: skip
     for panel in axes.flat:
@@ -321,29 +322,36 @@ def map_levels(dit, clips, args, config):
     taus, maps, texts = sorted({*TAUS, config.tau}), {}, []
     for kind, some in clips.items():
         errors, still = map(torch.stack, zip(*(reading_errors(dit, clip, config, taus) for clip in some)))
-        maps[kind] = errors.mean(0), still.mean()
+        mean = errors.mean(0)
+        maps[kind] = mean, still.mean()
         rows = errors[:, taus.index(config.tau)].permute(2, 1, 0)  # (blocks, levels, clips)
         names = [f"block {n}" for n in range(1, len(rows) + 1)]
         texts += markdown(f"{kind}, τ {config.tau:g}", [f"σ {sigma}" for sigma in LEVELS], dict(zip(names, rows)))
-        texts.append(f"\nno flow at all: {table1.mean_and_error(still.tolist())}\n")
+        tau, level, block = (mean == mean.min()).nonzero()[0].tolist()
+        texts.append(f"\nno flow at all: {table1.mean_and_error(still.tolist())}; least: {mean.min():.3f}, of block "
+                     f"{block + 1} at σ {LEVELS[level]} and τ {taus[tau]:g}\n")  # fmt: skip
     return "\n".join(texts), draw_map(taus, maps)
 
 
 def draw_map(taus, maps):
     """maps {kind: errors (τ, levels, blocks), that of no flow at all}."""
+    from matplotlib.colors import LogNorm
+
     blocks = next(iter(maps.values()))[0].shape[2]
-    options = dict(vmin=0, aspect="auto", extent=(0.5, blocks + 0.5, len(LEVELS) - 0.5, -0.5))
+    extent = (0.5, blocks + 0.5, len(LEVELS) - 0.5, -0.5)
     figure, axes = new_figure(len(maps), len(taus), len(taus) * (1.6 + 0.12 * blocks) + 1, 2.4 * len(maps) + 0.4)
     for row, (kind, (errors, still)) in zip(axes, maps.items()):
+        norm = LogNorm(min(errors.min(), still).item(), max(errors.max(), still).item())
         for panel, tau, values in zip(row, taus, errors):
-            image = panel.imshow(values.numpy(), vmax=still, **options)
+            image = panel.imshow(values.numpy(), norm=norm, aspect="auto", extent=extent)
             panel.set(title=f"{kind}, τ {tau:g}", xlabel="block", yticks=range(len(LEVELS)), yticklabels=LEVELS)
         row[0].set_ylabel("noise level σ")
-        figure.colorbar(image, ax=row, label="error, tokens")
+        bar = figure.colorbar(image, ax=row, label="error, tokens (red: no flow)").ax
+        bar.axhline(still.item(), color="red", linewidth=3)
     return figure
 
 
-FIGURES = {"map": map_levels, "window": window, "skip": skip}
+FIGURES = {"window": window, "skip": skip, "map": map_levels}
 
 
 def run(argv):
@@ -351,12 +359,16 @@ def run(argv):
     parser.prog, parser.description = "python -m lab.figures", __doc__.splitlines()[0]
     add = parser.add_argument_group("figures").add_argument
     add("--only", choices=FIGURES, help="one of them")
-    add("--clips", type=int, default=4, help="of the toy's, of each kind")
-    add("--first", type=int, default=60000, help="seed of the first of these")
-    parser.set_defaults(out=Path("figures"))
+    add("--clips", type=int, default=4, help="of the toy's, of each kind, from --seed on")
+    parser.set_defaults(out=Path("figures"), seed=60000)
     args, config, model = fastvmt.parse_arguments(argv, parser)
-    fastvmt.check_limits(vars(args), clips=(1, 10**6), first=(0, 2**62))
-    new_figure(1, 1, 1, 1)  # what is missing is said first
+    fastvmt.check_limits(vars(args), clips=(1, 10**6))
+    is_toy = args.model == "toy"
+    if is_toy == bool(args.ref) or args.mask or args.preview or args.decode or args.no_transfer:
+        raise fastvmt.UserError("--ref is missing, or is the toy's, which has clips of its own; --mask, --preview, "
+                                "--decode and --no-transfer are for fastvmt.py")  # fmt: skip
+    for package in ["matplotlib.figure"] + ["cv2"] * (not is_toy):  # what is missing is said first
+        importlib.import_module(package)
     args.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         clips = make_clips(args, model)

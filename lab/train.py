@@ -33,27 +33,36 @@ def draw_batch(count, generator, shape=(toy.FRAMES, *toy.SIZE)):
     return toy.encode(video), context, torch.stack([token_matches(s, part) for s, part in zip(scenes, parts)])
 
 
-def token_matches(scene, part, size=toy.SIZE):
-    """Where the content of each token is on each frame, shared among the four tokens around it: (F, S, F, S).
+def token_points(scene, part, size=toy.SIZE):
+    """Where the content of each token is on each frame, in tokens: (F, H, W, F, 2), and where it is not hidden.
 
-    Zero where it is out of view or hidden by the sprite, and from a frame to itself.
+    The sprite hides what it covers. part: as of toy.render.
     """
     camera, times = torch.tensor(scene["camera"]), toy.frame_times()[part[0]]
     side = 2 * toy.ARCHITECTURE["patch_size"][1]  # of a token, in pixels
     centers = F.avg_pool2d(toy.pixel_grid(size)[tuple(part[1:])].permute(2, 0, 1), side).permute(1, 2, 0)  # (H, W, 2)
     points = torch.einsum("gxy,fhwy->fhwgx", toy.similarity(camera, times), toy.mid_clip(centers, camera, times))
     points = points + times[:, None] * camera[:2]
-    known = ~torch.eye(len(times), dtype=bool)[:, None, None].expand(points.shape[:-1])
+    known = torch.ones(points.shape[:-1], dtype=bool)
     if "color" in scene:
         path = toy.sprite_path(scene, times)
         inside = (centers - path[:, None, None]).norm(dim=-1) < toy.RADIUS  # (F, H, W)
         hidden = (points - path).norm(dim=-1) < toy.RADIUS
         carried = centers[:, :, None] + (path - path[:, None])[:, None, None]
         points = torch.where(inside[..., None, None], carried, points)
-        known = known & (inside[..., None] | ~hidden)
-    points = (points - centers[0, 0]) / side  # in tokens
-    size = torch.tensor(centers.shape[:2])
-    known = known & ((points > -0.5) & (points < size - 0.5)).all(-1)
+        known = inside[..., None] | ~hidden
+    return (points - centers[0, 0]) / side, known
+
+
+def token_matches(scene, part, size=toy.SIZE):
+    """Where the content of each token is on each frame, shared among the four tokens around it: (F, S, F, S).
+
+    Zero where it is out of view or hidden by the sprite, and from a frame to itself.
+    """
+    points, known = token_points(scene, part, size)
+    size = torch.tensor(points.shape[1:3])
+    itself = torch.eye(len(points), dtype=bool)[:, None, None]
+    known = known & ~itself & ((points > -0.5) & (points < size - 0.5)).all(-1)
     points = points.clamp(min=0).minimum(size - 1)
     row, col = (F.relu(1 - (points[..., n, None] - torch.arange(size[n])).abs()) for n in (0, 1))
     share = row[..., :, None] * col[..., None, :] * known[..., None, None]
