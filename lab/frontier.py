@@ -6,12 +6,12 @@ python -m lab.frontier --out frontier/ --table-only     # of what is on disk
 
 The error is lab.table1's, whose flags this takes, with its standard error over clips. The cost is that of as many
 passes through Wan's 1.3B at 81 frames of 480x832, with the VAE. A run that was killed goes on where it stopped.
+Drawn by matplotlib, as lab.figures is.
 """
 
 import statistics
 import sys
 
-import fastvmt
 from lab import cost, figures, table1
 
 ROWS = (
@@ -80,11 +80,6 @@ def main(argv=None):
     argv = [*CLIPS, *(sys.argv[1:] if argv is None else argv)]
     if "--rows" not in argv:
         argv += ["--rows", *ROWS]
-    try:
-        figures.new_figure(1, 1, 1, 1)  # before ten minutes, not after them
-    except fastvmt.UserError as error:
-        print(f"lab.frontier: {error}", file=sys.stderr)
-        return 2
     return table1.main(argv, then=show)
 
 
