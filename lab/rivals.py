@@ -200,13 +200,13 @@ class Rival(NamedTuple):
 DITFLOW = "guided_fraction=0.2, lr=0.002 0.001"  # DiTFlow's, who ran MOFT with them, too
 FLOW_MOTION = "guided_fraction=0.2, lr=0.003 0.003"
 # Tried on the toy, whose lr is 0.006 0.005 and guided fraction 0.5:
-# DiTFlow: lr × 1 and 2, 5 to 20 inner steps, τ 1 and 2
+# DiTFlow: lr × 1 to 8, 5 to 20 inner steps, τ 1 to 4, guided fractions 0.3 and 0.7
 # both FlowMotions: lr × ½ to 4, 3 to 20 inner steps, guided fractions 0.12 to 0.7
 # SMM: blocks 3 to 6, lr × 1 to 32, 10 and 20 inner steps, a clean reference, guided fraction 0.3
 # MOFT: blocks 2 to 6, lr × 1 to 8, 5 to 20 inner steps, both references, guided fractions 0.3 and 0.8
 RIVALS = {
     "DiTFlow": Rival(lambda args: ditflow_features, ditflow_losses, "ref_noise=0, inner_steps=5, tau=2", DITFLOW,
-                     "inner_steps=10, lr=0.012 0.01"),
+                     "inner_steps=10, lr=0.024 0.02"),
     "FlowMotion": Rival(flow_motion, flow_motion_losses, "ref_noise=match, inner_steps=3", FLOW_MOTION,
                         "inner_steps=10, guided_fraction=0.3"),
     "FlowMotion, clean latents": Rival(flow_motion, flow_motion_losses, "ref_noise=0, inner_steps=3", FLOW_MOTION,
