@@ -146,7 +146,7 @@ class Inline:
 
 def dit_phases(dit, noise, context, config, checkpoint, features=fastvmt.motion_features, losses=fastvmt.motion_losses):
     """{name: function without arguments} of the DiT's part of a run, each once; of coarse reading if there is any."""
-    grid = [length // patch for length, patch in zip(noise.shape[2:], dit.patch_size)]
+    grid = rivals.token_grid(dit, noise)
     small, _ = fastvmt.pool_latents(noise, 0.9, dit.patch_size)
     features = partial(features, dit, sigma=0.9, context=context, config=config)
     own, t = losses is fastvmt.motion_losses, torch.full((1,), 900.0, device=noise.device)

@@ -85,9 +85,8 @@ def pixel_flow(first, second, grid):
     """
     import cv2
 
-    a, b = (
-        cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in effect.to_bytes([torch.stack([first, second], 1)[None]])
-    )
+    frames = effect.to_bytes([torch.stack([first, second], 1)[None]])  # (2, h, w, 3)
+    a, b = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames)
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     there, back = search.calc(a, b, None), search.calc(b, a, None)  # (h, w, 2), as (x, y) in pixels
     y, x = np.indices(a.shape, np.float32)
@@ -113,10 +112,6 @@ def clip_flow(clip, i, j, grid):
     return torch.stack(flow), torch.stack(known)
 
 
-def token_grid(dit, x):
-    return tuple(length // patch for length, patch in zip(x.shape[2:], dit.patch_size))
-
-
 # ---- Figures: each returns its numbers as Markdown, and the picture ----
 
 
@@ -128,12 +123,9 @@ def new_figure(rows, columns, width, height):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def markdown(title, head, rows):
-    """Lines of a table; rows {name: values by clip (columns, clips)}."""
-    yield f"| {title} | {' | '.join(head)} |"
-    yield "|---" + "|--:" * len(head) + "|"
-    for name, values in rows.items():
-        yield f"| {name} | {' | '.join(table1.mean_and_error(x.tolist()) for x in values)} |"
+def texts_of(values):
+    """Cells of a table of values by clip (columns, clips)."""
+    return [table1.mean_and_error(x.tolist()) for x in values]
 
 
 def inner_steps(x, *args):
@@ -190,7 +182,7 @@ def read_steps(dit, clip, args, config, sigmas, shown):
         walks = []
         for interval in INTERVALS:
             settings = replace(config, interval=interval)
-            frames = token_grid(dit, clip.noise)[0]
+            frames = rivals.token_grid(dit, clip.noise)[0]
             walk, gradients = inner_steps(starts[number], sigma, reading, read, fastvmt.motion_losses, settings, frames)
             walks.append(walk)
             if interval == 1:
@@ -216,8 +208,8 @@ def skip(dit, clips, args, config):
             numbers[name].append(torch.tensor([*(alike.diagonal(lag).mean() for lag in lags), *away]))
             panels[name] = panels[name] or [alike, *principal(walks - start)]
     head = [f"cosine, {lag} apart" for lag in lags] + [f"Δ {n} ends off Δ 1" for n in INTERVALS[1:]]
-    rows = {name: torch.stack(values, 1) for name, values in numbers.items()}
-    return "\n".join(markdown("guided step", head, rows)), draw_skip(panels)
+    rows = {name: texts_of(torch.stack(values, 1)) for name, values in numbers.items()}
+    return "\n".join(table1.markdown("guided step", head, rows)), draw_skip(panels)
 
 
 def draw_skip(panels):
@@ -260,33 +252,32 @@ def window(dit, clips, args, config):
         i = (len(Q) - ahead) // 2
         (true,), (known,) = clip_flow(clip, torch.tensor([i]), torch.tensor([i + ahead]), Q.shape[1:3])
         pair = [x[[i, i + ahead]] for x in (Q, K)]
-        flows = [true]
+        flows = [true.masked_fill(~known[..., None], math.nan)]
         for side in (None, config.window):
             flows.append(changes.read_flow(*pair, replace(config, span=1, window=side))[0][0].cpu())
         still, without, within = ((flow - true)[known].norm(dim=-1).mean().item() for flow in (true * 0, *flows[1:]))
         errors.append([still, without, within, within - without])
-        drawn.append((clip.video[:, picture(clip, i)], known, flows))
+        drawn.append((clip.video[:, picture(clip, i)], flows))
     worst = max(range(len(errors)), key=lambda n: errors[n][1])
     head = ["no flow at all", "without window", "with window", "with minus without"]
-    text = "\n".join(markdown("", head, {"error, tokens": torch.tensor(errors).T}))
+    text = "\n".join(table1.markdown("", head, {"error, tokens": texts_of(torch.tensor(errors).T)}))
     names = ["true flow" if clip.scene else "flow of the pixels",
              *(f"{name}: {error:.2f} off" for name, error in zip(head[1:], errors[worst][1:3]))]  # fmt: skip
     return text, draw_window(names, *drawn[worst])
 
 
-def draw_window(names, frame, known, flows):
-    """flows (H, W, 2) of the frame (3, h, w), the first where known (H, W); what is not is grey."""
-    grid, longest = known.shape, flows[0][known].norm(dim=-1).quantile(0.95)  # a wrong match may be far longer
+def draw_window(names, frame, flows):
+    """flows (H, W, 2) of the frame (3, h, w), the true one first; what is not known, NaN, is grey."""
+    grid, longest = flows[0].shape[:2], flows[0].norm(dim=-1).nanquantile(0.95)  # a wrong match may be far longer
     figure, axes = new_figure(2, 3, 10, 0.6 + 6.6 * grid[0] / grid[1])
     side, every = frame.shape[1] / grid[0], max(1, grid[0] // 10)  # more arrows would hide the frame
     frame = ((frame + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
     y, x = (side * (fastvmt.row_column(torch.arange(grid.numel()), grid[1]).view(*grid, 2) + 0.5) - 0.5).unbind(-1)
     for (above, below), name, flow in zip(axes.T, names, flows):
-        seen = known if flow is flows[0] else torch.ones_like(known)
         above.set_title(name)
-        above.imshow(np.where(seen[..., None], flow_colors(flow, longest), 0.5))
+        above.imshow(np.where(flow[..., :1].isfinite(), flow_colors(flow.nan_to_num(), longest), 0.5))
         below.imshow(frame)
-        v, u = (side * flow).masked_fill(~seen[..., None], math.nan).unbind(-1)
+        v, u = (side * flow).unbind(-1)
         below.quiver(*(z[::every, ::every] for z in (x, y, u, v)), angles="xy", scale_units="xy", scale=1,
                      color="red", width=0.006)  # fmt: skip
     for panel in axes.flat:
@@ -298,13 +289,13 @@ def block_qk(dit, x, sigma, context):
     """Head-averaged Q, K (F, H, W, D) of each block in turn, all of one run."""
     tokens, shared = rivals.embed(dit, x, sigma, context)
     for block in dit.blocks:
-        yield [fastvmt.head_average(y[0], token_grid(dit, x)) for y in block(tokens, *shared, only_qk=True)]
+        yield [fastvmt.head_average(y[0], rivals.token_grid(dit, x)) for y in block(tokens, *shared, only_qk=True)]
         tokens = block(tokens, *shared)
 
 
 def reading_errors(dit, clip, config, taus):
     """Mean error in tokens of a reference's flow (τ, levels, blocks), and that of no flow at all."""
-    grid, span = token_grid(dit, clip.reference), config.span if clip.scene else 1
+    grid, span = rivals.token_grid(dit, clip.reference), config.span if clip.scene else 1
     true, known = clip_flow(clip, *fastvmt.frame_pairs(grid[0], span), grid[1:])
     errors = []
     for sigma in LEVELS:
@@ -324,9 +315,9 @@ def map_levels(dit, clips, args, config):
         errors, still = map(torch.stack, zip(*(reading_errors(dit, clip, config, taus) for clip in some)))
         mean = errors.mean(0)
         maps[kind] = mean, still.mean()
-        rows = errors[:, taus.index(config.tau)].permute(2, 1, 0)  # (blocks, levels, clips)
-        names = [f"block {n}" for n in range(1, len(rows) + 1)]
-        texts += markdown(f"{kind}, τ {config.tau:g}", [f"σ {sigma}" for sigma in LEVELS], dict(zip(names, rows)))
+        blocks = errors[:, taus.index(config.tau)].permute(2, 1, 0)  # (blocks, levels, clips)
+        rows = {f"block {n}": texts_of(values) for n, values in enumerate(blocks, 1)}
+        texts += table1.markdown(f"{kind}, τ {config.tau:g}", [f"σ {sigma}" for sigma in LEVELS], rows)
         tau, level, block = (mean == mean.min()).nonzero()[0].tolist()
         texts.append(f"\nno flow at all: {table1.mean_and_error(still.tolist())}; least: {mean.min():.3f}, of block "
                      f"{block + 1} at σ {LEVELS[level]} and τ {taus[tau]:g}\n")  # fmt: skip

@@ -32,9 +32,14 @@ def times(x, sigma):
     return torch.full((1,), 1000 * sigma, device=x.device)
 
 
+def token_grid(dit, x):
+    """F, H, W of latents x."""
+    return tuple(length // patch for length, patch in zip(x.shape[2:], dit.patch_size))
+
+
 def by_place(tokens, dit, x):
     """Tokens (F·H·W, C) of latents x -> (F, H, W, C)."""
-    frames, rows, _ = (length // patch for length, patch in zip(x.shape[2:], dit.patch_size))
+    frames, rows, _ = token_grid(dit, x)
     return rearrange(tokens, "(f h w) c -> f h w c", f=frames, h=rows)
 
 

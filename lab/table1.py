@@ -331,6 +331,14 @@ def mean_and_error(values):
     return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
 
 
+def markdown(title, head, rows):
+    """Lines of a table; rows {name: cells}."""
+    yield f"| {title} | {' | '.join(head)} |"
+    yield "|---" + "|--:" * len(head) + "|"
+    for name, cells in rows.items():
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def make_table(results, rows, args):
     """Markdown of the rows' results: means, then paired differences to the full method, each ± standard error."""
     cells = {name: {tuple(line["key"][1:]): line["columns"] for line in results if line["key"][0] == wanted}
@@ -339,11 +347,11 @@ def make_table(results, rows, args):
     full = cells["full method"]
 
     def lines(title, values):
-        yield f"| {title} | n | {' | '.join(columns)} |"
-        yield "|---" + "|--:" * (len(columns) + 1) + "|"
+        texts = {}
         for name, runs in values.items():
-            texts = [mean_and_error([run[column] for run in runs if column in run]) for column in columns]
-            yield f"| {name} | {len(runs)} | {' | '.join(texts)} |"
+            means = (mean_and_error([run[column] for run in runs if column in run]) for column in columns)
+            texts[name] = [str(len(runs)), *means]
+        return markdown(title, ["n", *columns], texts)
 
     differences = {name: [{column: row[key][column] - full[key][column] for column in row[key] if column in full[key]}
                           for key in row if key in full] for name, row in cells.items() if row is not full}  # fmt: skip
